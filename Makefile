@@ -1,0 +1,66 @@
+# On a fresh machine with Python and a C++ compiler `make demo` and `make test` do all their own set-up in .venv.
+# torch comes from where pip is told to look: its variables (PIP_INDEX_URL, PIP_FIND_LINKS) can name a source of a build
+# for CPU only, where the default would be a large one for CUDA.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+CSRC := $(wildcard csrc/*.[ch]* csrc/*/*.[ch]*)
+
+.PHONY: help venv test test-full demo bench mutants lint format wheel clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# Three stamps, so that a repeated call costs nothing and a change redoes only what it must.
+$(VENV)/.packages: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt torch setuptools ninja
+	rm -rf build  # objects compiled for another torch
+	touch $@
+
+# The extension is left to the next step, because pip compiles in a temporary directory: from the start, every time.
+$(VENV)/.installed: $(VENV)/.packages pyproject.toml
+	IMBALANCE_KERNELS_BUILD=0 $(PIP) install -c constraints.txt --no-build-isolation -e '.[test,demo,bench,dev]'
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed setup.py $(CSRC)
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) setup.py --quiet build_ext --inplace
+	touch $@
+
+venv: $(VENV)/.built  ## create .venv: pinned packages, this one editable, the extension compiled
+
+test: venv  ## run the tests (TEST_ARGS="-k focal")
+	$(PY) -m pytest -q --durations=10 $(TEST_ARGS)
+
+test-full: venv  ## run the tests on many more random cases
+	$(PY) -m pytest -q --durations=10 --hypothesis-profile=full $(TEST_ARGS)
+
+demo: venv  ## run the demo (DEMO_ARGS="--data FOLDER")
+	$(PY) examples/demo.py $(DEMO_ARGS)
+
+bench: venv  ## run the benchmark of the softmax losses (BENCH_ARGS="...")
+	$(PY) bench/bench_softmax_loss.py $(BENCH_ARGS)
+
+mutants: venv  ## break each formula in turn and see that the tests notice
+	$(PY) tests/mutate_objectives.py
+
+lint: $(VENV)/.installed  ## check style and types
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC)
+	$(PY) -m mypy
+
+format: $(VENV)/.installed  ## rewrite the sources in the project's style
+	$(PY) -m ruff check --fix
+	$(PY) -m ruff format
+	$(VENV)/bin/clang-format -i $(CSRC)
+
+wheel: venv  ## build both wheels into dist/: pure Python, and with the extension for this Python
+	rm -rf build/lib*  # setuptools would pack files deleted since
+	IMBALANCE_KERNELS_BUILD=0 $(PIP) wheel --no-deps --no-build-isolation -w dist .
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) wheel --no-deps --no-build-isolation -w dist .
+
+clean:  ## remove .venv and everything built
+	rm -rf $(VENV) build dist *.egg-info imbalance_kernels/_C*.so

@@ -1,0 +1,357 @@
+// The only file that knows torch: checks, allocation, threads, the registration of the operations, and build information.
+//
+// The Python side (imbalance_kernels/ops) checks arguments with messages for users; what is checked here keeps memory safe
+// when an operation is called directly. Targets are checked here for both: reading them is part of the kernel's work.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include <map>
+#include <string>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "cpu/softmax_loss.h"
+
+namespace imbalance {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kHugePage = 2 << 20;
+constexpr int64_t kGrain = 16384;  // logits that are worth a thread
+
+cpu::Dtype dtype_of(const Tensor& logits) {
+  switch (logits.scalar_type()) {
+    case at::kFloat: return cpu::Dtype::float32;
+    case at::kDouble: return cpu::Dtype::float64;
+    case at::kBFloat16: return cpu::Dtype::bfloat16;
+    case at::kHalf: return cpu::Dtype::float16;
+    default: TORCH_CHECK_TYPE(false, "input has dtype ", logits.scalar_type(), ", which the kernels do not take");
+  }
+}
+
+at::ScalarType accumulate_type(const Tensor& logits) { return logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+// The arguments that split a row, as the schema has them.
+#define SPLIT_SCHEMA                                                                                             \
+  "Tensor target, float scale, Tensor? factor, Tensor? bias, float? softcap, str margin_kind, "                  \
+  "float[] margin_parameters, Tensor? class_margin, Tensor? class_weight, float label_smoothing, int ignore_index"
+#define SPLIT_PARAMETERS                                                                                         \
+  const Tensor &target, double scale, const OptionalTensor &factor, const OptionalTensor &bias,                  \
+      std::optional<double> softcap, std::string_view margin_kind, at::ArrayRef<double> margin_parameters,       \
+      const OptionalTensor &class_margin, const OptionalTensor &class_weight, double label_smoothing, int64_t ignore_index
+#define SPLIT_NAMES                                                                                              \
+  target, scale, factor, bias, softcap, margin_kind, margin_parameters, class_margin, class_weight, label_smoothing, ignore_index
+
+// What the kernels get, and the tensors that own its memory.
+class Split {
+ public:
+  cpu::SplitArguments arguments{};
+
+  Split(const Tensor& logits, SPLIT_PARAMETERS) : logits_(logits) {
+    TORCH_CHECK_VALUE(logits.dim() == 2 && (logits.size(1) <= 1 || logits.stride(1) == 1), "logits must be (N, C) rows");
+    arguments.dtype = dtype_of(logits);
+    arguments.classes = logits.size(1);
+    arguments.logits = logits.const_data_ptr();
+    arguments.row_stride = logits.stride(0);
+    TORCH_CHECK_VALUE(target.device().is_cpu(), "target must be on the CPU");
+    if (at::isFloatingType(target.scalar_type())) {
+      TORCH_CHECK_VALUE(target.sizes() == logits.sizes(), "class probabilities must have the logits' shape");
+      arguments.probabilities_are_logits_dtype = target.scalar_type() == logits.scalar_type();
+      const Tensor usable = arguments.probabilities_are_logits_dtype ? target : target.to(accumulate_type(logits));
+      arguments.probabilities = keep(usable).const_data_ptr();
+    } else {
+      TORCH_CHECK_VALUE(target.dim() == 1 && target.size(0) == logits.size(0), "target must be (N,)");
+      arguments.target = keep(target.to(at::kLong)).const_data_ptr<int64_t>();
+    }
+    arguments.ignore_index = ignore_index;
+    arguments.scale = scale;
+    arguments.factor = class_vector("factor", factor);
+    arguments.bias = class_vector("bias", bias);
+    arguments.softcap = softcap.value_or(0.0);
+    arguments.margin_kind = margin_kind_of(margin_kind);
+    TORCH_CHECK_VALUE(margin_parameters.size() <= 4, "margin_parameters holds more than 4 numbers");
+    std::copy(margin_parameters.begin(), margin_parameters.end(), arguments.margin_parameters);
+    arguments.class_margin = class_vector("margin", class_margin);
+    arguments.class_weight = class_vector("weight", class_weight);
+    arguments.label_smoothing = label_smoothing;
+  }
+
+  const void* class_vector(const char* name, const OptionalTensor& vector) {
+    if (!vector) return nullptr;
+    TORCH_CHECK_VALUE(vector->dim() == 1 && vector->size(0) == arguments.classes, name, " must be (C,)");
+    return constant(name, *vector);
+  }
+
+  const void* row_vector(const char* name, const OptionalTensor& vector) {
+    if (!vector) return nullptr;
+    TORCH_CHECK_VALUE(vector->dim() == 1 && vector->size(0) == rows(), name, " must be (N,)");
+    return constant(name, *vector);
+  }
+
+  int64_t rows() const { return logits_.size(0); }
+  bool has_weights() const { return arguments.target == nullptr || arguments.label_smoothing > 0; }
+
+  void check_targets() const {
+    for (int64_t row = 0; arguments.target != nullptr && row < rows(); ++row) {
+      const int64_t target = arguments.target[row];
+      TORCH_CHECK_INDEX((target >= 0 && target < arguments.classes) || target == arguments.ignore_index, "target ", target,
+                        " is out of bounds: it must be in [0, ", arguments.classes, ") or ignore_index=",
+                        arguments.ignore_index);
+    }
+  }
+
+  // Calls body(first_row, last_row, scratch) over all rows, from torch's threads.
+  template <class Body>
+  void for_rows(const Body& body) const {
+    const int64_t bytes = (static_cast<int64_t>(cpu::scratch_bytes(arguments)) + 63) / 64 * 64;
+    const Tensor scratch = at::empty({at::get_num_threads() * bytes}, at::kByte);
+    uint8_t* const memory = scratch.mutable_data_ptr<uint8_t>();
+    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, arguments.classes));
+    at::parallel_for(0, rows(), grain, [&](int64_t first, int64_t last) {
+      body(first, last, memory + at::get_thread_num() * bytes);
+    });
+  }
+
+ private:
+  const Tensor logits_;
+  std::vector<Tensor> kept_;
+
+  const Tensor& keep(const Tensor& tensor) { return kept_.emplace_back(tensor.contiguous()); }
+
+  const void* constant(const char* name, const Tensor& vector) {
+    TORCH_CHECK_TYPE(vector.scalar_type() == accumulate_type(logits_), name, " must be ", accumulate_type(logits_));
+    TORCH_CHECK_VALUE(vector.device().is_cpu(), name, " must be on the CPU");
+    return keep(vector).const_data_ptr();
+  }
+
+  static MarginKind margin_kind_of(std::string_view name) {
+    if (name == "additive") return MarginKind::additive;
+    if (name == "angular") return MarginKind::angular;
+    TORCH_CHECK_VALUE(name == "circle", "margin_kind is '", name, "', but it must be additive, angular or circle");
+    return MarginKind::circle;
+  }
+};
+
+ObjectiveKind objective_of(std::string_view name) {
+  int index = 0;
+  for (const char* known : kObjectiveNames) {
+    if (name == known) return static_cast<ObjectiveKind>(index);
+    ++index;
+  }
+  TORCH_CHECK_VALUE(false, "objective is '", name, "', which the kernels do not know");
+}
+
+// A gradient of the logits' shape. Page faults on fresh memory cost more than the arithmetic: ask for huge pages.
+Tensor empty_gradient(const Tensor& logits) {
+  Tensor gradient = at::empty(logits.sizes(), logits.options());
+#if defined(__linux__)
+  const auto begin = reinterpret_cast<uintptr_t>(gradient.mutable_data_ptr());
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = (begin + gradient.nbytes()) / kHugePage * kHugePage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return gradient;
+}
+
+// ---------------------------------------------------------------- softmax_loss
+
+#define LOSS_SCHEMA                                                                                               \
+  "str objective, float[] objective_parameters, Tensor? class_parameter, Tensor? sample_weight, Tensor? normalizer, " \
+  "bool mean, float z_loss"
+#define LOSS_PARAMETERS                                                                                           \
+  std::string_view objective, at::ArrayRef<double> objective_parameters, const OptionalTensor &class_parameter,   \
+      const OptionalTensor &sample_weight, const OptionalTensor &normalizer, bool mean, double z_loss
+#define LOSS_NAMES objective, objective_parameters, class_parameter, sample_weight, normalizer, mean, z_loss
+
+// The mean's divisor: the sum of sample weight * class weight over rows that count.
+template <class T>
+double divisor_of(const cpu::LossArguments& loss, int64_t rows) {
+  const auto* sample_weight = static_cast<const T*>(loss.sample_weight);
+  const auto* class_weight = static_cast<const T*>(loss.split.class_weight);
+  const int64_t* target = loss.split.target;
+  double sum = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    if (target != nullptr && target[row] == loss.split.ignore_index) continue;
+    const double weight = sample_weight != nullptr ? sample_weight[row] : 1.0;
+    sum += target != nullptr && class_weight != nullptr ? weight * class_weight[target[row]] : weight;
+  }
+  return sum;
+}
+
+template <class T>
+double sum_of(const Tensor& losses) {
+  const T* p = losses.const_data_ptr<T>();
+  const int64_t n = losses.numel();
+  double sums[4] = {0, 0, 0, 0};
+  for (int64_t i = 0; i < n; ++i) sums[i % 4] += p[i];
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// The reduced loss (); the gradient of the logits, for an upstream gradient of one, goes to d_logits where that is defined.
+template <class T>
+Tensor loss_and_gradient(const Tensor& logits, const Tensor& d_logits, SPLIT_PARAMETERS, LOSS_PARAMETERS) {
+  Split split(logits, SPLIT_NAMES);
+  cpu::LossArguments loss{};
+  loss.objective = objective_of(objective);
+  TORCH_CHECK_VALUE(objective_parameters.size() <= 2, "objective_parameters holds more than 2 numbers");
+  std::copy(objective_parameters.begin(), objective_parameters.end(), loss.objective_parameters);
+  loss.class_parameter = split.class_vector("class_parameter", class_parameter);
+  loss.sample_weight = split.row_vector("sample_weight", sample_weight);
+  loss.split = split.arguments;
+  split.check_targets();
+  double divisor = 1;
+  if (normalizer) {
+    divisor = normalizer->item<double>();
+  } else if (mean) {
+    divisor = divisor_of<T>(loss, split.rows());
+  }
+  const bool nothing = normalizer && divisor == 0;  // a normalizer of 0 gives 0
+  loss.inverse_divisor = nothing ? 0 : 1 / divisor;
+  loss.z_loss = z_loss;
+  const Tensor losses = at::empty({split.rows()}, logits.options().dtype(accumulate_type(logits)));
+  loss.losses = losses.mutable_data_ptr();
+  if (d_logits.defined()) {
+    loss.d_logits = d_logits.mutable_data_ptr();
+    loss.gradient_stride = d_logits.stride(0);
+  }
+  split.for_rows([&](int64_t first, int64_t last, void* scratch) { cpu::softmax_loss(loss, first, last, scratch); });
+  const double total = sum_of<T>(losses);
+  return at::empty({}, losses.options()).fill_(nothing ? 0 : total / divisor);
+}
+
+Tensor dispatch_loss(const Tensor& logits, const Tensor& d_logits, SPLIT_PARAMETERS, LOSS_PARAMETERS) {
+  if (logits.scalar_type() == at::kDouble) return loss_and_gradient<double>(logits, d_logits, SPLIT_NAMES, LOSS_NAMES);
+  return loss_and_gradient<float>(logits, d_logits, SPLIT_NAMES, LOSS_NAMES);
+}
+
+std::tuple<Tensor, Tensor> softmax_loss_cpu(const Tensor& logits, SPLIT_PARAMETERS, LOSS_PARAMETERS, bool with_gradient) {
+  const Tensor d_logits = with_gradient ? empty_gradient(logits) : Tensor();
+  const Tensor loss = dispatch_loss(logits, d_logits, SPLIT_NAMES, LOSS_NAMES);
+  return {loss, with_gradient ? d_logits : at::empty({0}, logits.options())};
+}
+
+// The same, with the gradient in the logits' memory.
+Tensor softmax_loss_cpu_(const Tensor& logits, SPLIT_PARAMETERS, LOSS_PARAMETERS) {
+  return dispatch_loss(logits, logits, SPLIT_NAMES, LOSS_NAMES);
+}
+
+// Multiplies a gradient by an upstream gradient; returns at once where that is one.
+void scale_cpu_(const Tensor& gradient, const Tensor& factor) {
+  TORCH_CHECK_VALUE(factor.numel() == 1, "factor must be one number");
+  if (factor.item<double>() != 1) const_cast<Tensor&>(gradient).mul_(factor);
+}
+
+// ---------------------------------------------------------------- target_and_rest
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> target_and_rest_cpu(const Tensor& logits, SPLIT_PARAMETERS) {
+  const Split split(logits, SPLIT_NAMES);
+  split.check_targets();
+  const auto options = logits.options().dtype(accumulate_type(logits));
+  const auto vector = [&](bool present) { return at::empty({present ? split.rows() : 0}, options); };
+  const Tensor target_logit = vector(true), rest = vector(true), shift = vector(true);
+  const Tensor weighted_logits = vector(split.has_weights()), weight_sum = vector(split.has_weights());
+  const cpu::SplitVectors out{target_logit.mutable_data_ptr(), rest.mutable_data_ptr(), shift.mutable_data_ptr(),
+                              split.has_weights() ? weighted_logits.mutable_data_ptr() : nullptr,
+                              split.has_weights() ? weight_sum.mutable_data_ptr() : nullptr};
+  split.for_rows([&](int64_t first, int64_t last, void* scratch) {
+    cpu::target_and_rest(split.arguments, out, first, last, scratch);
+  });
+  return {target_logit, rest, shift, weighted_logits, weight_sum};
+}
+
+#define SPLIT_BACKWARD_SCHEMA "Tensor rest, Tensor shift, Tensor d_target, Tensor d_rest, Tensor d_weighted_logits"
+#define SPLIT_BACKWARD_PARAMETERS                                                                                  \
+  const Tensor &rest, const Tensor &shift, const Tensor &d_target, const Tensor &d_rest, const Tensor &d_weighted_logits
+#define SPLIT_BACKWARD_NAMES rest, shift, d_target, d_rest, d_weighted_logits
+
+void split_gradient(const Tensor& logits, const Tensor& d_logits, SPLIT_PARAMETERS, SPLIT_BACKWARD_PARAMETERS) {
+  Split split(logits, SPLIT_NAMES);
+  split.check_targets();
+  cpu::SplitBackwardArguments backward{};
+  backward.rest = split.row_vector("rest", rest);
+  backward.shift = split.row_vector("shift", shift);
+  backward.d_target = split.row_vector("d_target", d_target);
+  backward.d_rest = split.row_vector("d_rest", d_rest);
+  if (split.has_weights()) backward.d_weighted = split.row_vector("d_weighted_logits", d_weighted_logits);
+  backward.d_logits = d_logits.mutable_data_ptr();
+  backward.gradient_stride = d_logits.stride(0);
+  backward.split = split.arguments;
+  split.for_rows([&](int64_t first, int64_t last, void* scratch) {
+    cpu::target_and_rest_backward(backward, first, last, scratch);
+  });
+}
+
+Tensor target_and_rest_backward_cpu(const Tensor& logits, SPLIT_PARAMETERS, SPLIT_BACKWARD_PARAMETERS) {
+  const Tensor d_logits = empty_gradient(logits);
+  split_gradient(logits, d_logits, SPLIT_NAMES, SPLIT_BACKWARD_NAMES);
+  return d_logits;
+}
+
+void target_and_rest_backward_cpu_(const Tensor& logits, SPLIT_PARAMETERS, SPLIT_BACKWARD_PARAMETERS) {
+  split_gradient(logits, logits, SPLIT_NAMES, SPLIT_BACKWARD_NAMES);
+}
+
+// ---------------------------------------------------------------- build information
+
+std::map<std::string, std::string> build_info() {
+  return {{"torch", TORCH_VERSION},
+#if defined(__clang__)
+          {"compiler", "clang " __clang_version__},
+#else
+          {"compiler", "gcc " __VERSION__},
+#endif
+          {"instruction_set", cpu::instruction_set()}};
+}
+
+std::vector<std::string> instruction_sets() {
+  int count = 0;
+  const char* const* names = cpu::instruction_sets(&count);
+  return {names, names + count};
+}
+
+std::vector<std::string> objective_names() { return {std::begin(kObjectiveNames), std::end(kObjectiveNames)}; }
+
+}  // namespace
+}  // namespace imbalance
+
+TORCH_LIBRARY(imbalance_kernels, m) {
+  m.def("softmax_loss(Tensor logits, " SPLIT_SCHEMA ", " LOSS_SCHEMA ", bool with_gradient) -> (Tensor loss, Tensor d_logits)");
+  m.def("softmax_loss_(Tensor(a!) logits, " SPLIT_SCHEMA ", " LOSS_SCHEMA ") -> Tensor loss");
+  m.def("scale_(Tensor(a!) gradient, Tensor factor) -> ()");
+  m.def("target_and_rest(Tensor logits, " SPLIT_SCHEMA
+        ") -> (Tensor target_logit, Tensor rest, Tensor shift, Tensor weighted_logits, Tensor weight_sum)");
+  m.def("target_and_rest_backward(Tensor logits, " SPLIT_SCHEMA ", " SPLIT_BACKWARD_SCHEMA ") -> Tensor d_logits");
+  m.def("target_and_rest_backward_(Tensor(a!) logits, " SPLIT_SCHEMA ", " SPLIT_BACKWARD_SCHEMA ") -> ()");
+}
+
+TORCH_LIBRARY_IMPL(imbalance_kernels, CPU, m) {
+  m.impl("softmax_loss", &imbalance::softmax_loss_cpu);
+  m.impl("softmax_loss_", &imbalance::softmax_loss_cpu_);
+  m.impl("scale_", &imbalance::scale_cpu_);
+  m.impl("target_and_rest", &imbalance::target_and_rest_cpu);
+  m.impl("target_and_rest_backward", &imbalance::target_and_rest_backward_cpu);
+  m.impl("target_and_rest_backward_", &imbalance::target_and_rest_backward_cpu_);
+}
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "The compiled kernels of imbalance-kernels; loading it registers torch.ops.imbalance_kernels.";
+  if (imbalance::cpu::instruction_set() == nullptr) {
+    throw pybind11::import_error(
+        "IMBALANCE_KERNELS_INSTRUCTION_SET names an instruction set that this binary or this processor does not have");
+  }
+  m.def("build_info", &imbalance::build_info, "Compiler, torch version and instruction set in use.");
+  m.def("instruction_sets", &imbalance::instruction_sets, "The instruction sets in this binary.");
+  m.def("objective_names", &imbalance::objective_names, "The objectives that the kernels know, in their order.");
+}

@@ -1,0 +1,213 @@
+// A pack of lanes as a number type: GCC and clang vector extensions, so that one source serves AVX-512, AVX2, SSE2 and NEON.
+//
+// The arithmetic is the compiler's; exp, expm1, log and log1p are polynomials of our own, without branches and without
+// -ffast-math, so NaN and infinity behave. Measured against mpmath: relative errors below 2 units in the last place.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../math.h"
+
+namespace imbalance::cpu {
+
+template <class T>
+struct IntegerOf;
+template <>
+struct IntegerOf<float> {
+  using type = std::int32_t;
+};
+template <>
+struct IntegerOf<double> {
+  using type = std::int64_t;
+};
+
+template <class T, int Bytes>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(Bytes)));
+};
+
+template <class T, int Bytes>
+struct Lanes {
+  using Scalar = T;
+  using Integer = typename IntegerOf<T>::type;
+  using Vector = typename VectorOf<T, Bytes>::type;
+  using Mask = typename VectorOf<Integer, Bytes>::type;  // of comparisons: all bits of a lane or none
+  static constexpr int count = Bytes / static_cast<int>(sizeof(T));
+
+  Vector v;
+
+  Lanes() = default;
+  IMBALANCE_INLINE Lanes(Vector vector) : v(vector) {}
+  IMBALANCE_INLINE Lanes(T scalar) : v(scalar - Vector{}) {}
+
+  static IMBALANCE_INLINE Lanes load(const T* p) {
+    Lanes x;
+    std::memcpy(&x.v, p, Bytes);
+    return x;
+  }
+  IMBALANCE_INLINE void store(T* p) const { std::memcpy(p, &v, Bytes); }
+
+  friend IMBALANCE_INLINE Lanes operator+(Lanes a, Lanes b) { return a.v + b.v; }
+  friend IMBALANCE_INLINE Lanes operator-(Lanes a, Lanes b) { return a.v - b.v; }
+  friend IMBALANCE_INLINE Lanes operator*(Lanes a, Lanes b) { return a.v * b.v; }
+  friend IMBALANCE_INLINE Lanes operator/(Lanes a, Lanes b) { return a.v / b.v; }
+  IMBALANCE_INLINE Lanes operator-() const { return -v; }
+};
+
+template <class To, class From>
+IMBALANCE_INLINE To bit_cast(From from) {
+  return __builtin_bit_cast(To, from);
+}
+
+template <class Half>
+struct Halves {
+  Half low, high;
+};
+
+// Horizontal sum and maximum, in a fixed order of lanes.
+template <class T, int Bytes>
+IMBALANCE_INLINE T sum_of(Lanes<T, Bytes> x) {
+  if constexpr (Bytes > 16) {
+    using Half = Lanes<T, Bytes / 2>;
+    const Halves<Half> halves = bit_cast<Halves<Half>>(x);
+    return sum_of(halves.low + halves.high);
+  } else {
+    T total = x.v[0];
+    for (int i = 1; i < x.count; ++i) total += x.v[i];
+    return total;
+  }
+}
+
+template <class T, int Bytes>
+IMBALANCE_INLINE Lanes<T, Bytes> maximum(Lanes<T, Bytes> a, Lanes<T, Bytes> b) {
+  return b.v > a.v ? b.v : a.v;  // a NaN in b is dropped: it comes back through the sum of exponentials
+}
+
+template <class T, int Bytes>
+IMBALANCE_INLINE T maximum_of(Lanes<T, Bytes> x) {
+  if constexpr (Bytes > 16) {
+    using Half = Lanes<T, Bytes / 2>;
+    const Halves<Half> halves = bit_cast<Halves<Half>>(x);
+    return maximum_of(maximum(halves.low, halves.high));
+  } else {
+    T highest = x.v[0];
+    for (int i = 1; i < x.count; ++i) highest = x.v[i] > highest ? x.v[i] : highest;
+    return highest;
+  }
+}
+
+// Constants of the polynomials, per scalar type.
+template <class T>
+struct Polynomial;
+
+template <>
+struct Polynomial<float> {
+  static constexpr float lowest = -87.33654f;      // exp of less is denormal, and taken as 0
+  static constexpr float round = 12582912.0f;      // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  static constexpr float log2_e = 1.44269504f;
+  static constexpr float ln2_high = 0.693359375f;  // times an exponent exact
+  static constexpr float ln2_low = -2.12194440e-4f;
+  static constexpr int mantissa = 23;
+  static constexpr std::int32_t one = 0x3f800000;
+  static constexpr std::int32_t sqrt_half = 0x3f3504f3;
+  static constexpr int log_terms = 5, log1p_terms = 8;
+  // (e^r - 1) / r on |r| <= ln(2) / 2, Chebyshev, 5.2e-9
+  static constexpr float exp[] = {1.000000011099062f, 0.50000000138668177f, 0.16666502004013433f,
+                                  0.041666460938501305f, 0.0083695082186582236f, 0.0013934090352815371f};
+};
+
+template <>
+struct Polynomial<double> {
+  static constexpr double lowest = -708.39641853226408;
+  static constexpr double round = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double log2_e = 1.4426950408889634074;
+  static constexpr double ln2_high = 6.93147180369123816490e-01;
+  static constexpr double ln2_low = 1.90821492927058770002e-10;
+  static constexpr int mantissa = 52;
+  static constexpr std::int64_t one = 0x3ff0000000000000;
+  static constexpr std::int64_t sqrt_half = 0x3fe6a09e667f3bcd;
+  static constexpr int log_terms = 11, log1p_terms = 17;
+  // the same, 9.0e-18
+  static constexpr double exp[] = {1.0,
+                                   0.50000000000000059043,
+                                   0.16666666666666671207,
+                                   0.041666666666569333784,
+                                   0.0083333333333258479847,
+                                   0.0013888888933813813048,
+                                   0.00019841269875819579062,
+                                   0.000024801502674126313395,
+                                   2.7557254139316890463e-6,
+                                   2.7627050155151051502e-7,
+                                   2.510573921958671297e-8};
+};
+
+// e^x as 2^k (1 + tail), for x <= 0 (and a little above).
+template <class L>
+struct SplitExp {
+  L power;  // 2^k
+  L tail;   // e^r - 1
+
+  explicit IMBALANCE_INLINE SplitExp(L x) {
+    using P = Polynomial<typename L::Scalar>;
+    const L shifted = x * L(P::log2_e) + L(P::round);
+    const L k = shifted - L(P::round);
+    const L r = (x - k * L(P::ln2_high)) - k * L(P::ln2_low);
+    constexpr int terms = sizeof(P::exp) / sizeof(P::exp[0]);
+    L series(P::exp[terms - 1]);
+    for (int i = terms - 2; i >= 0; --i) series = series * r + L(P::exp[i]);
+    tail = series * r;
+    const typename L::Mask bits = (bit_cast<typename L::Mask>(shifted.v) << P::mantissa) + P::one;
+    power = L(bit_cast<typename L::Vector>(bits));
+  }
+};
+
+// 2 artanh(s) by its series, |s| <= 1/3
+template <int Terms, class L>
+IMBALANCE_INLINE L twice_artanh(L s) {
+  using T = typename L::Scalar;
+  const L square = s * s;
+  L series(T(1) / T(2 * Terms - 1));
+  for (int i = Terms - 2; i >= 0; --i) series = series * square + L(T(1) / T(2 * i + 1));
+  return (s + s) * series;
+}
+
+}  // namespace imbalance::cpu
+
+namespace imbalance {
+
+template <class T, int Bytes>
+struct Math<cpu::Lanes<T, Bytes>> {
+  using L = cpu::Lanes<T, Bytes>;
+  using Mask = typename L::Mask;
+  using P = cpu::Polynomial<T>;
+  static IMBALANCE_INLINE L infinity() { return L(std::numeric_limits<T>::infinity()); }
+  static IMBALANCE_INLINE Mask less(L a, L b) { return a.v < b.v; }
+  static IMBALANCE_INLINE Mask equal(L a, L b) { return a.v == b.v; }
+  static IMBALANCE_INLINE L select(Mask condition, L a, L b) { return condition ? a.v : b.v; }
+
+  static IMBALANCE_INLINE L exp_nonpositive(L x) {
+    const Mask tiny = less(x, L(P::lowest));
+    const cpu::SplitExp<L> split(select(tiny, L(P::lowest), x));
+    return select(tiny, L(T(0)), split.power + split.power * split.tail);
+  }
+  static IMBALANCE_INLINE L expm1_nonpositive(L x) {
+    const Mask tiny = less(x, L(P::lowest));
+    const cpu::SplitExp<L> split(select(tiny, L(P::lowest), x));
+    return select(tiny, L(T(-1)), (split.power - L(T(1))) + split.power * split.tail);
+  }
+  static IMBALANCE_INLINE L log(L x) {
+    const Mask bits = cpu::bit_cast<Mask>(x.v);
+    const Mask exponent = (bits - P::sqrt_half) >> P::mantissa;
+    const L mantissa(cpu::bit_cast<typename L::Vector>(bits - (exponent << P::mantissa)));
+    const L k(__builtin_convertvector(exponent, typename L::Vector));
+    const L f = mantissa - L(T(1));
+    const L log_mantissa = cpu::twice_artanh<P::log_terms>(f / (L(T(2)) + f));
+    const L result = k * L(P::ln2_high) + (k * L(P::ln2_low) + log_mantissa);
+    const L at_zero_or_nan = select(equal(x, L(T(0))), -infinity(), x);
+    return select(less(L(T(0)), x), result, at_zero_or_nan);
+  }
+  static IMBALANCE_INLINE L log1p_unit(L x) { return cpu::twice_artanh<P::log1p_terms>(x / (L(T(2)) + x)); }
+};
+
+}  // namespace imbalance

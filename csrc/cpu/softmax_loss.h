@@ -1,0 +1,85 @@
+// What bindings.cpp asks of the CPU kernels: plain pointers, sizes and strides. No torch, no threads: each call works on a
+// range of rows with scratch memory of its own.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../logit_map.h"
+#include "../objectives.h"
+
+namespace imbalance::cpu {
+
+enum class Dtype : int { float32, float64, bfloat16, float16 };
+
+// Class vectors (C,) and row vectors (N,) are float, or double where the logits are; null is absent.
+struct SplitArguments {
+  Dtype dtype;           // of logits and of their gradient
+  std::int64_t classes;  // C
+  const void* logits;    // (N, C)
+  std::int64_t row_stride;
+  const std::int64_t* target;             // (N,), null for class probabilities
+  const void* probabilities;              // (N, C) contiguous
+  bool probabilities_are_logits_dtype;    // else float, or double where the logits are
+  std::int64_t ignore_index;
+
+  double scale;
+  const void* factor;  // (C,)
+  const void* bias;    // (C,)
+  double softcap;      // 0: none
+  MarginKind margin_kind;
+  double margin_parameters[4];
+  const void* class_margin;  // (C,)
+
+  const void* class_weight;  // (C,)
+  double label_smoothing;
+};
+
+struct LossArguments {
+  SplitArguments split;
+  ObjectiveKind objective;
+  double objective_parameters[2];
+  const void* class_parameter;  // (C,)
+  const void* sample_weight;    // (N,)
+  double inverse_divisor;       // of the gradient
+  double z_loss;
+  void* losses;    // (N,) float or double, not divided
+  void* d_logits;  // (N, C), may be the logits themselves; null for the losses alone
+  std::int64_t gradient_stride;
+};
+
+// The (N,) vectors of target_and_rest; the last two are null where no class weights are spread.
+struct SplitVectors {
+  void* target;
+  void* rest;
+  void* shift;
+  void* weighted_logits;
+  void* weight_sum;
+};
+
+struct SplitBackwardArguments {
+  SplitArguments split;
+  const void* rest;        // (N,)
+  const void* shift;       // (N,)
+  const void* d_target;    // (N,)
+  const void* d_rest;      // (N,)
+  const void* d_weighted;  // (N,) or null
+  void* d_logits;          // (N, C), may be the logits themselves
+  std::int64_t gradient_stride;
+};
+
+// Bytes of scratch, 64-byte aligned, that a call needs.
+std::size_t scratch_bytes(const SplitArguments& split);
+
+void softmax_loss(const LossArguments& arguments, std::int64_t first_row, std::int64_t last_row, void* scratch);
+void target_and_rest(const SplitArguments& arguments, const SplitVectors& out, std::int64_t first_row,
+                     std::int64_t last_row, void* scratch);
+void target_and_rest_backward(const SplitBackwardArguments& arguments, std::int64_t first_row, std::int64_t last_row,
+                              void* scratch);
+
+// The instruction sets in this binary, widest last, and the one that is used: the widest that the processor has, or the one
+// named by the environment variable IMBALANCE_KERNELS_INSTRUCTION_SET. Null where that name is not to be had.
+const char* const* instruction_sets(int* count);
+const char* instruction_set();
+
+}  // namespace imbalance::cpu

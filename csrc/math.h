@@ -1,0 +1,38 @@
+// What the formulas in objectives.h and softmax_row.h need of a number type. A number type is float, double or a SIMD lane
+// pack; Math<Number> says how it compares, selects and exponentiates. Nothing here knows torch, a vector width or a device.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#if defined(__CUDACC__)
+#define IMBALANCE_INLINE __host__ __device__ __forceinline__
+#else
+#define IMBALANCE_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace imbalance {
+
+template <class Number>
+struct Math;
+
+// Plain numbers, with the C library's functions.
+template <class Number>
+struct PlainMath {
+  using Scalar = Number;
+  static IMBALANCE_INLINE Number infinity() { return std::numeric_limits<Number>::infinity(); }
+  static IMBALANCE_INLINE bool less(Number a, Number b) { return a < b; }
+  static IMBALANCE_INLINE bool equal(Number a, Number b) { return a == b; }
+  static IMBALANCE_INLINE Number select(bool condition, Number a, Number b) { return condition ? a : b; }
+  static IMBALANCE_INLINE Number exp_nonpositive(Number x) { return std::exp(x); }
+  static IMBALANCE_INLINE Number expm1_nonpositive(Number x) { return std::expm1(x); }
+  static IMBALANCE_INLINE Number log(Number x) { return std::log(x); }
+  static IMBALANCE_INLINE Number log1p_unit(Number x) { return std::log1p(x); }  // for x in [0, 1]
+};
+
+template <>
+struct Math<float> : PlainMath<float> {};
+template <>
+struct Math<double> : PlainMath<double> {};
+
+}  // namespace imbalance

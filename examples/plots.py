@@ -1,0 +1,173 @@
+"""The demo's three pictures, drawn from what was measured."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import torch
+from long_tail import CROSS_ENTROPY, LOGIT_ADJUSTMENT
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from imbalance_kernels.objectives import REGISTRY
+
+PLAIN = "#8a8f98"  # cross-entropy, torch: what everybody has
+OURS = "#c8452f"  # what this package adds
+OURS_LIGHT = "#e69a86"
+INK = "#2b2d31"
+QUIET = "#5b6069"
+FAINT = "#e4e6ea"
+
+plt.rcParams.update(
+    {
+        "font.size": 10,
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": PLAIN,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "figure.dpi": 100,
+        "savefig.dpi": 150,
+    }
+)
+
+
+def _finish(figure: Figure, title: str, explanation: str, path: Path) -> Path:
+    """Title and explanation at the upper left, at fixed distances whatever the figure's height; save and close."""
+    inch = 1 / figure.get_figheight()
+    left = 0.12 / figure.get_figwidth()
+    figure.text(left, 1 - 0.12 * inch, title, va="top", fontsize=14, fontweight="bold")
+    figure.text(left, 1 - 0.48 * inch, explanation, va="top", color=QUIET)
+    lines = explanation.count("\n") + 1
+    figure.tight_layout(rect=(0, 0, 1, 1 - (0.6 + 0.2 * lines) * inch))
+    figure.savefig(path)
+    plt.close(figure)
+    return path
+
+
+def accuracy_per_class(result: dict, path: Path) -> Path:
+    figure, (accuracy, counts) = plt.subplots(
+        2, 1, figsize=(9, 5.8), sharex=True, gridspec_kw={"height_ratios": [3, 1]}
+    )
+    classes = range(len(result["class_names"]))
+    for name, colour, offset in ((CROSS_ENTROPY, PLAIN, -0.09), (LOGIT_ADJUSTMENT, OURS, 0.09)):
+        recall = torch.tensor(result["results"][name]["recall"])  # (seeds, C)
+        position = [k + offset for k in classes]
+        accuracy.plot(position, recall.mean(0), "o", color=colour, markersize=8, label=name)
+        accuracy.vlines(position, recall.amin(0), recall.amax(0), color=colour, linewidth=2, alpha=0.55)
+        mean = float(recall.mean())
+        accuracy.plot([len(classes) - 0.3, len(classes) + 0.3], [mean, mean], color=colour, linewidth=2.5)
+        accuracy.text(len(classes) + 0.4, mean, f"{mean:.3f}", color=colour, va="center")
+    accuracy.set_ylabel("accuracy of the class (recall)")
+    accuracy.set_ylim(-0.02, 1.03)
+    accuracy.grid(axis="y", color=FAINT)
+    accuracy.set_axisbelow(True)
+    accuracy.legend(frameon=False, loc="lower left")
+
+    counts.bar(classes, result["class_counts"], width=0.6, color=FAINT, edgecolor=PLAIN, linewidth=0.8)
+    counts.set_yscale("log")
+    counts.set_ylim(0.6, 6 * max(result["class_counts"]))
+    counts.set_yticks([])
+    counts.minorticks_off()
+    counts.spines["left"].set_visible(False)
+    for k, count in enumerate(result["class_counts"]):
+        counts.text(k, count * 1.2, f"{count:,}", ha="center", va="bottom", fontsize=9)
+    counts.set_ylabel("training images\n(log scale)")
+    counts.tick_params(axis="x", length=0)
+    accuracy.tick_params(axis="x", length=0)
+    counts.set_xticks([*classes, len(classes)], [*result["class_names"], "balanced\naccuracy"])
+    return _finish(
+        figure,
+        f"Who pays for the imbalance: accuracy per class, {result['data']}",
+        f"Classes from the most frequent to the rarest. Dots: mean of {result['schedule']['seeds']} seeds;\n"
+        "bars: from the lowest to the highest seed; at the right: the mean over classes.",
+        path,
+    )
+
+
+def _objective_title(objective: object) -> str:
+    parameters = ", ".join(f"{field.name} {getattr(objective, field.name):g}" for field in fields(objective))
+    name = objective.name.replace("_", " ")
+    return f"{name} ({parameters})" if parameters else name
+
+
+def slopes(path: Path) -> Path:
+    log_odds = torch.linspace(-6, 6, 1201, dtype=torch.float64)
+    objectives = [objective() for objective in REGISTRY.values()]
+    plain = -REGISTRY["cross_entropy"]().slope(log_odds)
+    columns = 3
+    rows = -(-len(objectives) // columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(10, 1.2 + 2.5 * rows), sharex=True, sharey=True, squeeze=False)
+    for axes, objective in zip(grid.flat, objectives, strict=False):
+        pull = -objective.slope(log_odds)
+        axes.axvline(0, color=FAINT, zorder=0)
+        axes.axhline(0, color=FAINT, zorder=0)
+        axes.plot(log_odds, plain, color=PLAIN, linewidth=1.3, linestyle=(0, (4, 3)))
+        if objective.name == "cross_entropy":
+            axes.plot(log_odds, pull, color=PLAIN, linewidth=2.4)
+        else:
+            axes.fill_between(log_odds, pull, color=OURS, alpha=0.10, linewidth=0)
+            axes.plot(log_odds, pull, color=OURS, linewidth=2.2)
+        axes.set_title(_objective_title(objective), fontsize=10.5, loc="left")
+    for axes in grid.flat[len(objectives) :]:
+        axes.set_visible(False)
+    grid[0, 0].text(-5.8, 1.27, "p near 0", fontsize=9, color=QUIET)
+    grid[0, 0].text(5.8, 1.27, "p near 1", fontsize=9, color=QUIET, ha="right")
+    grid[0, 0].set_xticks([-6, -3, 0, 3, 6])
+    figure.supxlabel("log-odds of the true class, log p / (1 - p)", fontsize=10)
+    figure.supylabel("pull towards the true class (minus the slope)", fontsize=10)
+    return _finish(
+        figure,
+        "Every loss here is one curve: how hard a row pulls, given how sure the model is",
+        "The true class's logit gets the slope at the row's log-odds as its gradient; the others share its opposite.\n"
+        "A prior or a margin moves a row along the axis, an objective is the curve itself. Dashed: cross-entropy.",
+        path,
+    )
+
+
+def _bars(axes: Axes, values: list[float], labels: list[str], floors: list[float], floor_name: str) -> None:
+    position = torch.arange(len(values), 0, -1).tolist()
+    bars = axes.barh(position, values, height=0.55, color=[PLAIN, OURS, OURS_LIGHT])
+    axes.bar_label(bars, labels, padding=7)
+    axes.vlines(floors, [y - 0.38 for y in position], [y + 0.38 for y in position], color=INK, linewidth=2)
+    axes.text(floors[0], position[0] + 0.45, floor_name, fontsize=9, color=QUIET, ha="left")
+    axes.set_xlim(0, 1.35 * max(*values, *floors))
+    axes.set_ylim(0.5, len(values) + 0.75)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["bottom"].set_visible(False)
+    axes.set_xticks([])
+
+
+def time_and_memory(result: dict, path: Path) -> Path:
+    rows = result["rows"].values()
+    copy_ms, logits_mib = result["copy_ms"], result["logits_mib"]
+    memory_measured = all(row["peak_mib"] is not None for row in rows)
+    figure, panels = plt.subplots(1, 1 + memory_measured, figsize=(11, 3.3), sharey=True, squeeze=False)
+
+    labels = [f"{row['loss_ms']:.0f} ms = {row['loss_ms'] / copy_ms:.1f} copies" for row in rows]
+    floor_name = f"floor: one copy of the logits, {copy_ms:.0f} ms"
+    _bars(panels[0, 0], [row["loss_ms"] for row in rows], labels, [copy_ms] * len(labels), floor_name)
+    panels[0, 0].set_title("time of the loss and its gradient", loc="left", fontsize=11)
+    panels[0, 0].set_yticks(range(len(labels), 0, -1), [name.replace(", ", ",\n") for name in result["rows"]])
+    if memory_measured:
+        labels = [f"{row['peak_mib']:.0f} MiB" for row in rows]
+        floors = [0.0 if "in place" in name else logits_mib for name in result["rows"]]
+        floor_name = f"floor: one gradient, {logits_mib:.0f} MiB; in place none"
+        _bars(panels[0, 1], [row["peak_mib"] for row in rows], labels, floors, floor_name)
+        panels[0, 1].set_title("peak memory beyond the logits", loc="left", fontsize=11)
+
+    num_rows, num_tokens = result["shape"]
+    return _finish(
+        figure,
+        f"Cross-entropy over {num_tokens:,} tokens, against the floor",
+        f"{num_rows} rows of float32 logits on {result['device']}; medians over the training steps.",
+        path,
+    )

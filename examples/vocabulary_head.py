@@ -1,0 +1,234 @@
+"""A language model's head with 131,072 tokens: what the loss costs beside a copy of its logits, and in memory.
+
+The tokens are Python's own standard library, read with the tekken tokenizer that the package mistral-common carries.
+Three copies of one small model train on the same batches from the same initial weights: with torch's cross-entropy,
+with ours, and with ours writing the gradient over the logits. They step in turn, so that all meet the same machine.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+import sysconfig
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mistral_common
+import torch
+from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import imbalance_kernels as ik
+
+SOURCE_CHARACTERS = 1_500_000
+CONTEXT = 8  # tokens that the model sees
+WIDTH = 64
+WARM_UP_STEPS = 3  # left out of times and memory: first calls allocate, compile and load
+LEARNING_RATE = 4e-3
+
+TORCH = "torch F.cross_entropy"
+OURS = "imbalance_kernels"
+IN_PLACE = "imbalance_kernels, in place"
+
+
+def read_tokens() -> tuple[Tensor, int, int]:
+    """The standard library's modules as one row of token numbers, the vocabulary's size, and the number of files."""
+    data_folder = Path(mistral_common.__file__).parent / "data"
+    tokenizer = Tekkenizer.from_file(sorted(data_folder.glob("tekken_*.json"))[-1])
+    tokens: list[int] = []
+    characters = files = 0
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        tokens += tokenizer.encode(text, bos=True, eos=False)
+        characters += len(text)
+        files += 1
+        if characters > SOURCE_CHARACTERS:
+            break
+    return torch.tensor(tokens), tokenizer.n_words, files
+
+
+class NextToken(nn.Module):
+    """The next token from the last few: embedding, GRU, and a head that shares the embedding's weight."""
+
+    def __init__(self, num_tokens: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(num_tokens, WIDTH)
+        self.mix = nn.GRU(WIDTH, WIDTH, batch_first=True)
+        self.head = nn.Linear(WIDTH, num_tokens)
+        nn.init.normal_(self.embedding.weight, std=WIDTH**-0.5)
+        nn.init.zeros_(self.head.bias)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, context: Tensor) -> Tensor:  # (N, CONTEXT) -> (N, V)
+        return self.head(self.mix(self.embedding(context))[0][:, -1])
+
+
+class MemoryPeak:
+    """Bytes in use above the level at `start`, at their highest: the allocator's count on a GPU, the process's resident
+    set on Linux (its high-water mark can be reset there); elsewhere None, since a guess is no measurement."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.available = device.type == "cuda" or self._reset_resident_peak()
+
+    @staticmethod
+    def _reset_resident_peak() -> bool:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return False
+        return True
+
+    @staticmethod
+    def _resident(name: str) -> int:
+        found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return int(found[1]) * 1024 if found else 0
+
+    def start(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.before = torch.cuda.memory_allocated(self.device)
+        elif self.available:
+            self._reset_resident_peak()
+            self.before = self._resident("VmRSS")
+
+    def stop(self) -> int | None:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) - self.before
+        return max(0, self._resident("VmHWM") - self.before) if self.available else None
+
+
+@dataclass
+class Trainee:
+    """One model with its loss, and what was measured while it trained."""
+
+    model: NextToken
+    loss_function: Callable[[Tensor, Tensor], Tensor]
+    optimizer: torch.optim.Optimizer
+    losses: list[float] = field(default_factory=list)
+    loss_seconds: list[float] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+    peak_bytes: list[int | None] = field(default_factory=list)
+
+    def step(self, context: Tensor, target: Tensor, memory: MemoryPeak, now: Callable[[], float]) -> None:
+        begin = now()
+        self.optimizer.zero_grad()
+        logits = self.model(context)
+
+        # The loss's part ends when its gradient reaches the node that made the logits. The hook sits on that node and
+        # not on the tensor, because the in-place form changes the tensor.
+        def loss_is_done(_: tuple[Tensor, ...]) -> None:
+            self.loss_seconds.append(now() - loss_begin)
+            self.peak_bytes.append(memory.stop())
+
+        logits.grad_fn.register_prehook(loss_is_done)
+        memory.start()
+        loss_begin = now()
+        loss = self.loss_function(logits, target)
+        del logits  # as in loss_function(model(x), y): torch's loss then frees them early, which is its best case
+        loss.backward()
+        self.optimizer.step()
+        self.step_seconds.append(now() - begin)
+        self.losses.append(loss.item())
+
+
+class WarmCopy:
+    """The floor of the time: reading the logits once and writing as much once, into memory that is already there."""
+
+    def __init__(self, num_rows: int, num_tokens: int, device: torch.device) -> None:
+        self.source, self.destination = torch.ones(2, num_rows, num_tokens, device=device)
+        self.seconds: list[float] = []
+
+    def step(self, now: Callable[[], float]) -> None:
+        begin = now()
+        self.destination.copy_(self.source)
+        self.seconds.append(now() - begin)
+
+
+def measure(trainee: Trainee) -> dict:
+    peaks = [peak for peak in trainee.peak_bytes[WARM_UP_STEPS:] if peak is not None]
+    return {
+        "loss_ms": 1e3 * statistics.median(trainee.loss_seconds[WARM_UP_STEPS:]),
+        "loss_ms_minimum": 1e3 * min(trainee.loss_seconds[WARM_UP_STEPS:]),
+        "step_ms": 1e3 * statistics.median(trainee.step_seconds[WARM_UP_STEPS:]),
+        "peak_mib": statistics.median(peaks) / 2**20 if peaks else None,
+        "losses": trainee.losses,
+    }
+
+
+def format_table(result: dict) -> str:
+    copy_ms, logits_mib = result["copy_ms"], result["logits_mib"]
+    lines = [
+        f"{'':<28}{'loss and gradient':>26}{'whole step':>13}{'peak memory beyond the logits':>34}",
+    ]
+    for name, row in result["rows"].items():
+        peak = row["peak_mib"]
+        memory = "not measured here" if peak is None else f"{peak:.0f} MiB = {peak / logits_mib:.1f} x logits"
+        time_cell = f"{row['loss_ms']:.1f} ms = {row['loss_ms'] / copy_ms:.1f} copies"
+        lines.append(f"{name:<28}{time_cell:>26}{row['step_ms']:>10.0f} ms{memory:>34}")
+    lines += [
+        "",
+        f"One copy: a warm copy_ of the logits, {copy_ms:.1f} ms. The logits: {logits_mib:.0f} MiB. "
+        f"Medians of {len(result['rows'][TORCH]['losses']) - WARM_UP_STEPS} steps.",
+    ]
+    return "\n".join(lines)
+
+
+def run(num_rows: int, steps: int, device: torch.device) -> dict:
+    tokens, num_tokens, files = read_tokens()
+    counts = tokens.bincount(minlength=num_tokens).sort(descending=True).values
+    print(
+        f"Data: {files} modules of Python's standard library, {len(tokens):,} tokens. Of the vocabulary's "
+        f"{num_tokens:,} tokens {int((counts > 0).sum()):,} occur; the 100 most frequent make up "
+        f"{counts[:100].sum() / len(tokens):.0%} of the text."
+    )
+    print(f"Logits: {num_rows} x {num_tokens} float32 on {device}.")
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    torch.manual_seed(0)
+    first = NextToken(num_tokens)
+    losses = {
+        TORCH: nn.functional.cross_entropy,
+        OURS: ik.CrossEntropyLoss(),
+        IN_PLACE: ik.CrossEntropyLoss(inplace=True),
+    }
+    trainees = {}
+    for name, loss_function in losses.items():
+        model = deepcopy(first).to(device)
+        trainees[name] = Trainee(model, loss_function, torch.optim.Adam(model.parameters(), LEARNING_RATE))
+
+    memory = MemoryPeak(device)
+    copy = WarmCopy(num_rows, num_tokens, device)
+    windows = tokens.unfold(0, CONTEXT + 1, 1)  # (number of tokens - CONTEXT, CONTEXT + 1)
+    generator = torch.Generator().manual_seed(0)
+    for _ in tqdm(range(steps), desc="three losses in turn", unit="step", dynamic_ncols=True):
+        batch = windows[torch.randint(len(windows), (num_rows,), generator=generator)].to(device)
+        for trainee in trainees.values():
+            trainee.step(batch[:, :-1], batch[:, -1], memory, now)
+        copy.step(now)
+
+    result = {
+        "shape": [num_rows, num_tokens],
+        "device": str(device),
+        "copy_ms": 1e3 * statistics.median(copy.seconds[WARM_UP_STEPS:]),
+        "logits_mib": num_rows * num_tokens * 4 / 2**20,
+        "rows": {name: measure(trainee) for name, trainee in trainees.items()},
+    }
+    print("\n" + format_table(result))
+    curve = torch.tensor(result["rows"][TORCH]["losses"])
+    for name in (OURS, IN_PLACE):
+        row = result["rows"][name]
+        row["largest_loss_difference"] = float((torch.tensor(row["losses"]) - curve).abs().max())
+        print(
+            f"{name}: over {steps} steps the loss went from {row['losses'][0]:.3f} to {row['losses'][-1]:.3f} "
+            f"and differed from torch's by {row['largest_loss_difference']:.1e} at most."
+        )
+    return result

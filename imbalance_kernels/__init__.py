@@ -1,0 +1,54 @@
+"""imbalance-kernels: losses for imbalanced and large-vocabulary classification, value and gradient in one trip.
+
+    import imbalance_kernels as ik
+    loss = ik.LogitAdjustedLoss(class_counts)      # in place of torch.nn.CrossEntropyLoss()
+"""
+
+from imbalance_kernels import implementation as _implementation  # loads the extension, which registers the operations
+from imbalance_kernels import functional, objectives, priors
+from imbalance_kernels.implementation import show_config
+from imbalance_kernels.logit_map import AngularMargin
+from imbalance_kernels.modules import (
+    ArcFaceLoss,
+    BalancedSoftmaxLoss,
+    CircleLoss,
+    CosFaceLoss,
+    CrossEntropyLoss,
+    FocalLoss,
+    GeneralizedCrossEntropyLoss,
+    HardTruncationLoss,
+    LDAMLoss,
+    LogitAdjustedLoss,
+    PolyLoss,
+    SmoothAccuracyLoss,
+    SoftmaxLoss,
+    SoftTruncationLoss,
+    VSLoss,
+)
+from imbalance_kernels.priors import Prior
+
+__version__ = _implementation.version()
+
+__all__ = [
+    "AngularMargin",
+    "ArcFaceLoss",
+    "BalancedSoftmaxLoss",
+    "CircleLoss",
+    "CosFaceLoss",
+    "CrossEntropyLoss",
+    "FocalLoss",
+    "GeneralizedCrossEntropyLoss",
+    "HardTruncationLoss",
+    "LDAMLoss",
+    "LogitAdjustedLoss",
+    "PolyLoss",
+    "Prior",
+    "SmoothAccuracyLoss",
+    "SoftTruncationLoss",
+    "SoftmaxLoss",
+    "VSLoss",
+    "functional",
+    "objectives",
+    "priors",
+    "show_config",
+]

@@ -1,0 +1,79 @@
+"""Which implementation runs: what was built, what None chooses for a tensor, and how to say so."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    from imbalance_kernels import _C
+except ModuleNotFoundError:  # the pure wheel, or a source tree that was not built
+    _C = None  # type: ignore[assignment]
+
+__all__ = ["IMPLEMENTATIONS", "choose", "extension", "show_config", "version"]
+
+IMPLEMENTATIONS = ("reference", "cpu", "cuda", "triton")
+KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def extension() -> Any | None:
+    """Return the compiled extension module, or None where it was not built."""
+    return _C
+
+
+def version() -> str:
+    """Return the package's version."""
+    try:
+        return metadata.version("imbalance-kernels")
+    except metadata.PackageNotFoundError:  # run from a source tree that was never installed
+        return "unknown"
+
+
+def choose(impl: str | None, logits: Tensor) -> str:
+    """Return the implementation for `logits`: the one asked for, or for None the best one available.
+
+    Raises:
+        ValueError: `impl` is no implementation's name, or it does not serve the device or dtype of `logits`.
+        RuntimeError: `impl` was not built or is not there yet.
+    """
+    cpu_serves = _C is not None and logits.device.type == "cpu" and logits.dtype in KERNEL_DTYPES
+    if impl is None:
+        return "cpu" if cpu_serves else "reference"
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl is {impl!r}, but it must be None or one of {IMPLEMENTATIONS}")
+    if impl in ("cuda", "triton"):
+        raise RuntimeError(f"impl='{impl}' is not part of this version: use impl='reference' or None")
+    if impl == "cpu" and _C is None:
+        raise RuntimeError(
+            "impl='cpu' needs the compiled extension: install with a C++ compiler by "
+            "`pip install --no-build-isolation .` (IMBALANCE_KERNELS_BUILD unset), or use impl='reference'"
+        )
+    if impl == "cpu" and not cpu_serves:
+        raise ValueError(f"impl='cpu' got logits on {logits.device} in {logits.dtype}: use impl='reference' or None")
+    return impl
+
+
+def show_config() -> None:
+    """Print what was built and what ``impl=None`` would choose.
+
+    Example:
+        >>> show_config()  # doctest: +ELLIPSIS
+        imbalance-kernels ...
+    """
+    print(f"imbalance-kernels {version()}, torch {torch.__version__}, Python {platform.python_version()}")
+    if _C is None:
+        print("  cpu        not built (pure wheel): pip install --no-build-isolation . with a C++ compiler builds it")
+    else:
+        info = _C.build_info()
+        print(f"  cpu        built with {info['compiler']} against torch {info['torch']}; threads: {torch.get_num_threads()}")
+        print(f"             instruction sets in the binary: {', '.join(_C.instruction_sets())}; used: {info['instruction_set']}")
+    print("  cuda       not part of this version")
+    print("  triton     not part of this version")
+    print("  reference  always there: plain PyTorch on any device")
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    chosen = ", ".join(f"{device}: {choose(None, torch.empty(0, device=device))}" for device in devices)
+    print(f"  impl=None chooses  {chosen}")

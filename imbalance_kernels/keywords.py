@@ -1,0 +1,113 @@
+"""The keyword arguments that every softmax-family loss shares, and what they become."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from imbalance_kernels.logit_map import AngularMargin, CircleMargin, LogitMap, Margin
+from imbalance_kernels.objectives import CrossEntropy, Objective
+from imbalance_kernels.options import SoftmaxOptions
+from imbalance_kernels.priors import Prior
+
+__all__ = ["CALL_KEYWORDS", "LossKeywords", "ModuleKeywords", "legacy_reduction", "options_of", "reject_alpha"]
+
+
+class ModuleKeywords(TypedDict, total=False):
+    """Shared keyword arguments of a module; functional.softmax_loss says what they mean."""
+
+    weight: Tensor | None
+    ignore_index: int
+    reduction: str
+    label_smoothing: float
+    prior: Prior | Tensor | None
+    margin: Margin | None
+    scale: float
+    softcap: float | None
+    z_loss: float
+    class_dim: int
+    inplace: bool
+    impl: str | None
+
+
+class LossKeywords(ModuleKeywords, total=False):
+    """Shared keyword arguments of a function: a module's, and those of its forward."""
+
+    sample_weight: Tensor | None
+    normalizer: Tensor | float | None
+
+
+# What goes to the call; the rest describes the loss (options_of).
+CALL_KEYWORDS = ("sample_weight", "normalizer", "class_dim", "impl")
+
+
+def options_of(
+    objective: Objective | None = None,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    prior: Prior | Tensor | None = None,
+    margin: Margin | None = None,
+    scale: float = 1.0,
+    factor: Tensor | None = None,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    inplace: bool = False,
+    cosines: bool = False,
+) -> SoftmaxOptions:
+    """Return the options of a loss: the prior as a bias, the margin on cosines where it says so."""
+    if isinstance(margin, bool) or (isinstance(margin, int | float) and not math.isfinite(margin)):
+        raise ValueError(f"margin is {margin!r}, but it must be a finite number, a tensor (C,) or an AngularMargin")
+    return SoftmaxOptions(
+        objective=CrossEntropy() if objective is None else objective,
+        logit_map=LogitMap(
+            scale=float(scale),
+            factor=factor,
+            bias=None if prior is None else _bias(prior),
+            softcap=None if softcap is None else float(softcap),
+            margin=margin,
+            cosines=cosines or isinstance(margin, AngularMargin | CircleMargin),
+        ),
+        weight=weight,
+        label_smoothing=float(label_smoothing),
+        z_loss=float(z_loss),
+        ignore_index=ignore_index,
+        reduction=reduction,
+        inplace=inplace,
+    )
+
+
+def _bias(prior: Prior | Tensor) -> Tensor:
+    """Return tau * log prior (C,) in float64."""
+    if isinstance(prior, Prior):
+        return prior.bias
+    if not isinstance(prior, Tensor):
+        raise TypeError(f"prior is a {type(prior).__name__}, but it must be a Prior or a tensor of probabilities (C,)")
+    if prior.requires_grad:
+        raise ValueError("prior requires grad, but class vectors are constants: pass prior.detach()")
+    if prior.device.type == "cpu" and not torch.compiler.is_compiling():
+        return Prior.from_probabilities(prior).bias
+    return torch.log(prior.to(torch.float64))  # its values are not read: that would wait for the device
+
+
+def legacy_reduction(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
+    """Return torch's reduction for its deprecated pair of flags, which drop-in callers may still pass."""
+    if size_average is None and reduce is None:
+        return reduction
+    if reduce is False:
+        return "none"
+    return "sum" if size_average is False else "mean"
+
+
+def reject_alpha(keywords: Any) -> None:
+    """Raise where `alpha` is given to a softmax focal loss."""
+    if "alpha" in keywords:
+        raise TypeError(
+            "alpha balances positives and negatives of a sigmoid focal loss (SigmoidFocalLoss, as in torchvision); the "
+            "softmax focal loss takes class weights: weight= (C,)"
+        )

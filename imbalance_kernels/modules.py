@@ -1,0 +1,494 @@
+"""Every loss as a torch.nn.Module, drop-in for torch.nn.CrossEntropyLoss; functional.py has the formulas' details.
+
+The only state is `weight` (as in torch). A prior, margins and factors are constants of the constructor: they are kept in
+float64 and as non-persistent float32 buffers, which are made again from the float64 ones after .half(), .to() or to_empty().
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from imbalance_kernels import objectives
+from imbalance_kernels.keywords import ModuleKeywords, legacy_reduction, options_of, reject_alpha
+from imbalance_kernels.logit_map import AngularMargin, CircleMargin, Margin
+from imbalance_kernels.objectives import Objective
+from imbalance_kernels.ops.softmax_loss import softmax_loss
+from imbalance_kernels.ops.two_temperatures import FORMS, two_temperature_loss
+from imbalance_kernels.options import SoftmaxOptions
+from imbalance_kernels.priors import Prior, chosen_prior, ldam_margins, vs_factors
+
+__all__ = [
+    "ArcFaceLoss",
+    "BalancedSoftmaxLoss",
+    "CircleLoss",
+    "CosFaceLoss",
+    "CrossEntropyLoss",
+    "FocalLoss",
+    "GeneralizedCrossEntropyLoss",
+    "HardTruncationLoss",
+    "LDAMLoss",
+    "LogitAdjustedLoss",
+    "PolyLoss",
+    "SmoothAccuracyLoss",
+    "SoftTruncationLoss",
+    "SoftmaxLoss",
+    "VSLoss",
+]
+
+CLASS_VECTORS = ("bias", "factor", "margin", "class_parameter")
+
+
+class SoftmaxLoss(torch.nn.Module):
+    """Any objective of the log-odds of the truth, on mapped logits: the base of every softmax-family loss.
+
+    Args:
+        objective: one of imbalance_kernels.objectives; cross-entropy by default.
+        weight: class weights (C,); in the state dict, and may be reassigned at any time.
+        ignore_index, reduction, label_smoothing, prior, margin, scale, factor, softcap, z_loss, cosines, class_dim, inplace,
+            impl: see imbalance_kernels.functional.softmax_loss.
+
+    Raises:
+        TypeError: an unknown keyword.
+        ValueError: an argument that does not fit; what depends on the number of classes is raised by forward.
+
+    Example:
+        >>> loss = SoftmaxLoss(objectives.Focal(1.0), prior=Prior([90, 9, 1]), label_smoothing=0.1)
+        >>> loss(torch.randn(4, 3, requires_grad=True), torch.tensor([0, 2, 1, 1])).backward()
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        objective: Objective | None = None,
+        *,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        prior: Prior | Tensor | None = None,
+        margin: Margin | None = None,
+        scale: float = 1.0,
+        factor: Tensor | None = None,
+        softcap: float | None = None,
+        z_loss: float = 0.0,
+        cosines: bool = False,
+        class_dim: int = 1,
+        inplace: bool = False,
+        impl: str | None = None,
+    ) -> None:
+        super().__init__()
+        options = options_of(
+            objective, prior=prior, margin=margin, scale=scale, factor=factor, softcap=softcap, cosines=cosines
+        )
+        self.register_buffer("weight", weight)
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.label_smoothing = label_smoothing
+        self.z_loss = z_loss
+        self.class_dim = class_dim
+        self.inplace = inplace
+        self.impl = impl
+        self._exact = options.to(torch.device("cpu"), torch.float64)  # the objective and the logit map
+        for name in CLASS_VECTORS:
+            self.register_buffer(f"_{name}", None, persistent=False)
+        self._make_buffers(torch.get_default_device())
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        sample_weight: Tensor | None = None,
+        normalizer: Tensor | float | None = None,
+    ) -> Tensor:
+        """Return the loss, () or of target's shape for reduction="none".
+
+        Args:
+            input: raw logits (N, C), (C,), (N, C, d1, ...), or (..., C) with class_dim=-1.
+            target: class indices of input's shape without its classes; for cross-entropy also class probabilities.
+            sample_weight: weights of rows, of target's shape.
+            normalizer: a number or tensor () that replaces the divisor of "mean" and "sum"; 0 gives 0.
+        """
+        return softmax_loss(
+            input,
+            target,
+            self._options(input),
+            sample_weight=sample_weight,
+            normalizer=normalizer,
+            class_dim=self.class_dim,
+            impl=self.impl,
+        )
+
+    def _options(self, input: Tensor) -> SoftmaxOptions:
+        exact = self._exact
+        objective, logit_map = exact.objective, exact.logit_map
+        if input.dtype != torch.float64:
+            objective = objective.with_class_parameter(self._class_parameter)
+            margin = logit_map.margin if self._margin is None else self._margin
+            logit_map = replace(logit_map, bias=self._bias, factor=self._factor, margin=margin)
+        return replace(
+            exact,
+            objective=objective,
+            logit_map=logit_map,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=float(self.label_smoothing),
+            z_loss=float(self.z_loss),
+            inplace=self.inplace,
+        )
+
+    def _make_buffers(self, device: torch.device) -> None:
+        """Make the float32 buffers from the exact vectors."""
+        logit_map = self._exact.logit_map
+        exact = {
+            "bias": logit_map.bias,
+            "factor": logit_map.factor,
+            "margin": logit_map.margin if isinstance(logit_map.margin, Tensor) else None,
+            "class_parameter": self._exact.objective.class_parameter(),
+        }
+        for name in CLASS_VECTORS:
+            vector = exact[name]
+            setattr(self, f"_{name}", None if vector is None else vector.to(device, torch.float32))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SoftmaxLoss:
+        before = torch.empty(0, device=self._device())
+        super()._apply(fn, recurse)
+        self._make_buffers(fn(before).device)
+        return self
+
+    def _device(self) -> torch.device:
+        for buffer in self.buffers():
+            return buffer.device
+        return torch.get_default_device()
+
+    def extra_repr(self) -> str:
+        """Return the objective and the options that are not at their defaults."""
+        logit_map = self._exact.logit_map
+        shown: dict[str, Any] = {
+            "class_parameter": self._class_parameter is not None or None,
+            "weight": self.weight is not None or None,
+            "prior": logit_map.bias is not None or None,
+            "factor": logit_map.factor is not None or None,
+            "margin": "per class" if isinstance(logit_map.margin, Tensor) else logit_map.margin,
+            "scale": None if logit_map.scale == 1 else logit_map.scale,
+            "softcap": logit_map.softcap,
+            "label_smoothing": self.label_smoothing or None,
+            "z_loss": self.z_loss or None,
+            "reduction": None if self.reduction == "mean" else self.reduction,
+        }
+        parts = [str(self._exact.objective.name)]
+        return ", ".join(parts + [f"{name}={value}" for name, value in shown.items() if value is not None])
+
+
+class CrossEntropyLoss(SoftmaxLoss):
+    """``loss = -log p_t``: drop-in for torch.nn.CrossEntropyLoss, with its positional order.
+
+    Args:
+        weight, size_average, ignore_index, reduce, reduction, label_smoothing: as in torch (two of them deprecated there).
+        keywords: the other shared keyword arguments of `SoftmaxLoss`.
+
+    Example:
+        >>> loss = CrossEntropyLoss(label_smoothing=0.1)
+        >>> value = loss(torch.randn(4, 3), torch.tensor([0, 2, 1, -100]))
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        **keywords: Unpack[ModuleKeywords],
+    ) -> None:
+        super().__init__(
+            objectives.CrossEntropy(),
+            weight=weight,
+            ignore_index=ignore_index,
+            reduction=legacy_reduction(size_average, reduce, reduction),
+            label_smoothing=label_smoothing,
+            **keywords,
+        )
+
+
+class LogitAdjustedLoss(SoftmaxLoss):
+    """``loss = -log softmax(x + tau log prior)_t``. kexue.fm 7615; Menon et al. 2021.
+
+    Args:
+        class_counts: (C,), or give `prior`, one of them.
+        tau: temperature of the prior; 1 is near optimal.
+        zero_count: "laplace", "floor" or "exclude" for counts of zero, see `Prior`.
+        prior: a `Prior` (which has its own tau) or class probabilities (C,).
+        keywords: the other shared keyword arguments of `SoftmaxLoss`.
+
+    Raises:
+        ValueError: both or neither of class_counts and prior; a zero count without zero_count.
+
+    Example:
+        >>> loss = LogitAdjustedLoss([90, 9, 1])
+        >>> value = loss(torch.randn(4, 3), torch.tensor([0, 2, 1, 1]))
+    """
+
+    def __init__(
+        self,
+        class_counts: Tensor | Any | None = None,
+        tau: float = 1.0,
+        *,
+        zero_count: str | None = None,
+        prior: Prior | Tensor | None = None,
+        **keywords: Unpack[ModuleKeywords],
+    ) -> None:
+        super().__init__(prior=chosen_prior(class_counts, tau, zero_count, prior), **keywords)
+
+
+class BalancedSoftmaxLoss(SoftmaxLoss):
+    """``loss = -log softmax(x + log n)_t``: logit adjustment with tau = 1. Ren et al. 2020.
+
+    Args:
+        class_counts: n (C,), none zero (`LogitAdjustedLoss` has policies for zeros).
+        keywords: the shared keyword arguments of `SoftmaxLoss`, but prior.
+
+    Example:
+        >>> loss = BalancedSoftmaxLoss([90, 9, 1])
+    """
+
+    def __init__(self, class_counts: Tensor | Any, **keywords: Unpack[ModuleKeywords]) -> None:
+        super().__init__(prior=Prior(class_counts), **keywords)
+
+
+class FocalLoss(SoftmaxLoss):
+    """``loss = -(1 - p_t)^gamma log p_t`` of a softmax. Lin et al. 2017; kexue.fm 4733.
+
+    Args:
+        gamma: at least 0, a number or a tensor (C,) indexed by the target; 0 is cross-entropy, exactly.
+        keywords: the shared keyword arguments of `SoftmaxLoss`; class weights are `weight`, not alpha.
+
+    Example:
+        >>> loss = FocalLoss(gamma=2.0, prior=Prior([90, 9, 1]))
+    """
+
+    def __init__(self, gamma: float | Tensor = 2.0, **keywords: Unpack[ModuleKeywords]) -> None:
+        reject_alpha(keywords)
+        super().__init__(objectives.Focal(gamma), **keywords)
+
+
+class HardTruncationLoss(SoftmaxLoss):
+    """``loss = -log p_t`` where ``p_t < threshold``, half of it at equality, else 0. kexue.fm 4733.
+
+    Args:
+        threshold: a probability in (0, 1].
+        keywords: the shared keyword arguments of `SoftmaxLoss`.
+
+    Example:
+        >>> loss = HardTruncationLoss(threshold=0.7)
+    """
+
+    def __init__(self, threshold: float = 0.5, **keywords: Unpack[ModuleKeywords]) -> None:
+        super().__init__(objectives.HardTruncation(threshold), **keywords)
+
+
+class SoftTruncationLoss(SoftmaxLoss):
+    """``loss = -r_t log p_t``, ``r = softmax(-K z)``, and two relatives. kexue.fm 4733.
+
+    Args:
+        sharpness: K, above 0.
+        form: "softmax_neg" (the formula above), "one_minus_softmax" (``1 - softmax(K z)_t`` in place of r_t) or "log_odds"
+            (``sigmoid(-K log-odds)``, one trip over the logits). The first two read the logits twice, and not in place.
+        keywords: the shared keyword arguments of `SoftmaxLoss`.
+
+    Example:
+        >>> loss = SoftTruncationLoss(sharpness=2.0, form="log_odds")
+    """
+
+    def __init__(self, sharpness: float = 1.0, form: str = "softmax_neg", **keywords: Unpack[ModuleKeywords]) -> None:
+        if form not in (*FORMS, "log_odds"):
+            raise ValueError(f"form is {form!r}, but it must be one of {(*FORMS, 'log_odds')}")
+        super().__init__(objectives.SoftTruncation(sharpness), **keywords)
+        self.form = form
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        sample_weight: Tensor | None = None,
+        normalizer: Tensor | float | None = None,
+    ) -> Tensor:
+        """Return the loss, see `SoftmaxLoss.forward`."""
+        if self.form == "log_odds":
+            return super().forward(input, target, sample_weight=sample_weight, normalizer=normalizer)
+        return two_temperature_loss(
+            input,
+            target,
+            self._options(input),
+            self.form,
+            sample_weight=sample_weight,
+            normalizer=normalizer,
+            class_dim=self.class_dim,
+            impl=self.impl,
+        )
+
+
+class PolyLoss(SoftmaxLoss):
+    """``loss = -log p_t + epsilon (1 - p_t)``. Leng et al. 2022.
+
+    Args:
+        epsilon: at least -1.
+        keywords: the shared keyword arguments of `SoftmaxLoss`.
+
+    Example:
+        >>> loss = PolyLoss(epsilon=2.0)
+    """
+
+    def __init__(self, epsilon: float = 1.0, **keywords: Unpack[ModuleKeywords]) -> None:
+        super().__init__(objectives.Poly(epsilon), **keywords)
+
+
+class GeneralizedCrossEntropyLoss(SoftmaxLoss):
+    """``loss = (1 - p_t^q) / q``, robust to noisy labels. Zhang and Sabuncu 2018.
+
+    Args:
+        q: in (0, 1].
+        keywords: the shared keyword arguments of `SoftmaxLoss`.
+
+    Example:
+        >>> loss = GeneralizedCrossEntropyLoss(q=0.5)
+    """
+
+    def __init__(self, q: float = 0.7, **keywords: Unpack[ModuleKeywords]) -> None:
+        super().__init__(objectives.GeneralizedCrossEntropy(q), **keywords)
+
+
+class SmoothAccuracyLoss(SoftmaxLoss):
+    """``loss = 1 - p_t``: the error rate with the probability in place of the argmax. kexue.fm 7708.
+
+    Example:
+        >>> loss = SmoothAccuracyLoss()
+    """
+
+    def __init__(self, **keywords: Unpack[ModuleKeywords]) -> None:
+        super().__init__(objectives.SmoothAccuracy(), **keywords)
+
+
+class LDAMLoss(SoftmaxLoss):
+    """``loss = -log softmax(scale (x - m_t [j = t]))_t``, ``m_j = max_margin (n_min / n_j)^(1/4)``. Cao et al. 2019.
+
+    Args:
+        class_counts: (C,), none zero; they set margins, never a prior.
+        max_margin: the rarest class's margin, in units of the cosine.
+        scale: multiplies cosines and margins.
+        keywords: the shared keyword arguments of `SoftmaxLoss`, but margin.
+
+    Example:
+        >>> loss = LDAMLoss([90, 9, 1])
+    """
+
+    def __init__(
+        self,
+        class_counts: Tensor | Any,
+        max_margin: float = 0.5,
+        scale: float = 30.0,
+        **keywords: Unpack[ModuleKeywords],
+    ) -> None:
+        super().__init__(margin=ldam_margins(class_counts, max_margin), scale=scale, **keywords)
+
+
+class CosFaceLoss(SoftmaxLoss):
+    """``loss = -log softmax(scale (x - margin [j = t]))_t`` on cosines x. Wang et al. 2018 (CosFace, AM-softmax).
+
+    Args:
+        margin: taken off the target's cosine, a number or (C,).
+        scale: multiplies the cosines.
+        keywords: the shared keyword arguments of `SoftmaxLoss`.
+
+    Example:
+        >>> loss = CosFaceLoss(margin=0.35, scale=64.0)
+    """
+
+    def __init__(
+        self, margin: float | Tensor = 0.35, scale: float = 64.0, **keywords: Unpack[ModuleKeywords]
+    ) -> None:
+        super().__init__(margin=margin, scale=scale, cosines=True, **keywords)
+
+
+class ArcFaceLoss(SoftmaxLoss):
+    """``loss = -log softmax(scale cos(theta_j + margin [j = t]))_t`` on cosines. Deng et al. 2019 (ArcFace).
+
+    Args:
+        margin: radians, from 0 to pi; past theta + margin = pi the target is x - margin sin(margin).
+        scale: multiplies the cosines.
+        straight_through: the angle's slope is 1 instead of the true one.
+        keywords: the shared keyword arguments of `SoftmaxLoss`, but margin.
+
+    Raises:
+        ValueError: margin above pi: its unit is radians.
+
+    Example:
+        >>> loss = ArcFaceLoss(margin=0.5, scale=64.0)
+    """
+
+    def __init__(
+        self,
+        margin: float = 0.5,
+        scale: float = 64.0,
+        straight_through: bool = False,
+        **keywords: Unpack[ModuleKeywords],
+    ) -> None:
+        super().__init__(margin=AngularMargin(m2=margin, straight_through=straight_through), scale=scale, **keywords)
+
+
+class CircleLoss(SoftmaxLoss):
+    """Circle loss at class level, on cosines s. Sun et al. 2020.
+
+    ``z_t = scale relu(1 + m - s_t) (s_t - (1 - m))``, ``z_j = scale relu(s_j + m) (s_j - m)``, then cross-entropy.
+
+    Args:
+        margin: m.
+        scale: the paper's gamma.
+        detach: the paper's gradient, in which the relu factors are constants.
+        keywords: the shared keyword arguments of `SoftmaxLoss`, but margin and softcap.
+
+    Example:
+        >>> loss = CircleLoss(margin=0.25, scale=256.0)
+    """
+
+    def __init__(
+        self, margin: float = 0.25, scale: float = 256.0, detach: bool = True, **keywords: Unpack[ModuleKeywords]
+    ) -> None:
+        super().__init__(margin=CircleMargin(margin, detach), scale=scale, **keywords)
+
+
+class VSLoss(SoftmaxLoss):
+    """``loss = -log softmax((n_j / n_max)^gamma x_j + tau log prior_j)_t``; tau = 0 is CDT. Kini et al. 2021.
+
+    Args:
+        class_counts: n (C,).
+        gamma: exponent of the factors, at least 0.
+        tau: temperature of the prior.
+        zero_count: "laplace", "floor" or "exclude" for counts of zero, see `Prior`.
+        keywords: the shared keyword arguments of `SoftmaxLoss`, but prior.
+
+    Example:
+        >>> loss = VSLoss([90, 9, 1], gamma=0.3, tau=1.0)
+    """
+
+    def __init__(
+        self,
+        class_counts: Tensor | Any,
+        gamma: float = 0.3,
+        tau: float = 1.0,
+        *,
+        zero_count: str | None = None,
+        **keywords: Unpack[ModuleKeywords],
+    ) -> None:
+        prior = Prior(class_counts, tau, zero_count)
+        super().__init__(prior=prior, factor=vs_factors(prior, gamma), **keywords)

@@ -1,0 +1,1 @@
+"""The operations: autograd.Functions around the kernels, and the choice of implementation."""

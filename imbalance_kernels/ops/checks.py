@@ -1,0 +1,214 @@
+"""What every operation checks before anything is written, and the (N, C) layout that kernels see."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from imbalance_kernels.logit_map import CircleMargin
+from imbalance_kernels.objectives import CrossEntropy
+from imbalance_kernels.options import SoftmaxOptions
+
+__all__ = ["Rows", "as_rows", "check_cosines", "check_options", "check_range", "check_row_tensors"]
+
+LOGIT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+REDUCTIONS = ("none", "sum", "mean")
+COSINE_TOLERANCE = 0.01  # half-precision cosines may leave [-1, 1] by a rounding
+
+
+class Rows(NamedTuple):
+    """Logits and targets as rows."""
+
+    logits: Tensor  # (N, C), stride(1) == 1
+    target: Tensor  # (N,) int64, or (N, C) class probabilities
+    shape: torch.Size  # of the target's rows, which is the shape of an unreduced loss
+    owned: bool  # logits are a copy of the caller's, free to be overwritten
+
+
+def as_rows(input: Tensor, target: Tensor, class_dim: int) -> Rows:
+    """Return input and target as rows, without a copy where the layout allows it."""
+    if type(input).__name__ == "DTensor" or type(target).__name__ == "DTensor":
+        raise TypeError(
+            "input is a DTensor, whose sharded form does not exist yet: pass input.to_local() where each rank holds whole "
+            "rows, or input.full_tensor()"
+        )
+    if input.dtype not in LOGIT_DTYPES:
+        raise TypeError(f"input has dtype {input.dtype}, but it must be one of {', '.join(map(str, LOGIT_DTYPES))}")
+    if input.dim() == 0:
+        raise ValueError("input has no dimensions, but it must be (C,), (N, C), (N, C, d1, ...) or, with class_dim=-1, (..., C)")
+    if input.dim() == 1:
+        class_dim = 0
+    if not -input.dim() <= class_dim < input.dim():
+        raise ValueError(f"class_dim is {class_dim}, but input has shape {tuple(input.shape)}")
+    if target.device != input.device:
+        raise ValueError(f"target is on {target.device}, but input is on {input.device}")
+    classes_last = input.movedim(class_dim, -1)
+    if target.is_floating_point():
+        if target.shape != input.shape:
+            raise ValueError(
+                f"target holds class probabilities ({target.dtype}) of shape {tuple(target.shape)}, but they must have "
+                f"input's shape {tuple(input.shape)}"
+            )
+        if target.requires_grad:
+            raise ValueError("target requires grad, but class probabilities are constants: pass target.detach()")
+        rows_of_target = target.movedim(class_dim, -1)
+    else:
+        if target.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"target has dtype {target.dtype}, but it must be int64 or int32 class indices, or floating point")
+        if target.shape != classes_last.shape[:-1]:
+            raise ValueError(_wrong_target_shape(input, target, class_dim))
+        rows_of_target = target
+    shape = classes_last.shape[:-1]
+    num_classes = classes_last.shape[-1]
+    num_rows = math.prod(shape)
+    logits = classes_last.reshape(num_rows, num_classes)
+    if num_classes > 1 and logits.stride(1) != 1:
+        logits = logits.contiguous()
+    owned = not _is_view(classes_last, logits)
+    if target.is_floating_point():
+        return Rows(logits, rows_of_target.reshape(num_rows, num_classes).contiguous(), shape, owned)
+    return Rows(logits, rows_of_target.reshape(num_rows).to(torch.int64), shape, owned)
+
+
+def check_options(options: SoftmaxOptions, num_classes: int, target: Tensor) -> None:
+    """Check everything that does not depend on the values of the logits or targets."""
+    if options.reduction not in REDUCTIONS:
+        raise ValueError(f"reduction is {options.reduction!r}, but it must be one of {REDUCTIONS}")
+    _check_number("label_smoothing", options.label_smoothing, 0, 1)
+    _check_number("z_loss", options.z_loss, 0, math.inf)
+    logit_map = options.logit_map
+    if not math.isfinite(logit_map.scale):
+        raise ValueError(f"scale is {logit_map.scale!r}, but it must be finite")
+    if logit_map.softcap is not None and not (math.isfinite(logit_map.softcap) and logit_map.softcap > 0):
+        raise ValueError(f"softcap is {logit_map.softcap!r}, but it must be None or above 0")
+    check_class_vector("weight", options.weight, num_classes)
+    check_class_vector("prior", logit_map.bias, num_classes)
+    check_class_vector("factor", logit_map.factor, num_classes)
+    if isinstance(logit_map.margin, Tensor):
+        check_class_vector("margin", logit_map.margin, num_classes)
+    check_class_vector("gamma", options.objective.class_parameter(), num_classes)
+    if isinstance(logit_map.margin, CircleMargin) and logit_map.softcap is not None:
+        raise ValueError("softcap is given, but CircleLoss maps cosines, which need no cap")
+    if target.is_floating_point():
+        if not isinstance(options.objective, CrossEntropy):
+            raise ValueError(
+                f"target holds class probabilities, but the objective is {options.objective.name}: only cross-entropy is "
+                "defined for them; use CrossEntropyLoss (with a prior, a scale or a soft cap) or class indices"
+            )
+        if logit_map.margin is not None:
+            raise ValueError("target holds class probabilities, but a margin needs class indices")
+        if options.ignore_index >= 0:
+            raise ValueError("ignore_index is not supported with class probabilities: give such rows sample_weight 0")
+
+
+def check_row_tensors(
+    options: SoftmaxOptions, rows: Rows, sample_weight: Tensor | None, normalizer: Tensor | float | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return sample_weight (N,) and normalizer () in the accumulation dtype, checked."""
+    logits = rows.logits
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    if sample_weight is not None:
+        if sample_weight.requires_grad:
+            raise ValueError("sample_weight requires grad, but it is a constant: pass sample_weight.detach()")
+        if sample_weight.shape != rows.shape:
+            raise ValueError(f"sample_weight has shape {tuple(sample_weight.shape)}, but it must be {tuple(rows.shape)}")
+        if sample_weight.device != logits.device:
+            raise ValueError(f"sample_weight is on {sample_weight.device}, but input is on {logits.device}")
+        sample_weight = sample_weight.reshape(-1).to(dtype)
+    if normalizer is None:
+        return sample_weight, None
+    if options.reduction == "none":
+        raise ValueError("normalizer is given with reduction='none', which divides by nothing: use 'sum' or 'mean'")
+    if isinstance(normalizer, Tensor):
+        if normalizer.requires_grad:
+            raise ValueError("normalizer requires grad, but it is a constant: pass normalizer.detach()")
+        if normalizer.numel() != 1:
+            raise ValueError(f"normalizer has shape {tuple(normalizer.shape)}, but it must be one number")
+        return sample_weight, normalizer.reshape(()).to(logits.device, dtype)
+    return sample_weight, torch.full((), float(normalizer), dtype=dtype, device=logits.device)
+
+
+def check_range(rows: Rows, options: SoftmaxOptions) -> None:
+    """Check that class indices are in [0, C) or ignored. The C++ kernels do it themselves.
+
+    Eagerly on CPU; on an accelerator it would wait for the device, and is done only if IMBALANCE_KERNELS_CHECK=1.
+
+    Raises:
+        IndexError: a target is neither.
+    """
+    if rows.target.is_floating_point() or not _may_read_values(rows.logits):
+        return
+    num_classes = rows.logits.shape[1]
+    outside = ((rows.target < 0) | (rows.target >= num_classes)) & (rows.target != options.ignore_index)
+    if bool(outside.any()):
+        raise IndexError(
+            f"target {int(rows.target[outside][0])} is out of bounds: it must be in [0, {num_classes}) or "
+            f"ignore_index={options.ignore_index}"
+        )
+
+
+def check_cosines(rows: Rows, options: SoftmaxOptions) -> None:
+    """Check, where values may be read (see `check_range`), that the targets' logits are cosines.
+
+    Raises:
+        ValueError: one is outside [-1, 1]: embeddings, or products that were not normalised.
+    """
+    if rows.target.is_floating_point() or not _may_read_values(rows.logits):
+        return
+    num_classes = rows.logits.shape[1]
+    counted = (rows.target >= 0) & (rows.target < num_classes) & (rows.target != options.ignore_index)
+    cosines = rows.logits.detach().gather(1, torch.where(counted, rows.target, 0)[:, None]).squeeze(1)
+    beyond = (cosines.abs() > 1 + COSINE_TOLERANCE) & counted & torch.isfinite(cosines)
+    if bool(beyond.any()):
+        raise ValueError(
+            f"input holds {float(cosines[beyond][0]):.4g} for a target, but this loss is defined on cosines in [-1, 1]: "
+            "normalise embeddings and class vectors before the last product"
+        )
+
+
+def _may_read_values(logits: Tensor) -> bool:
+    if torch.compiler.is_compiling() or logits.shape[1] == 0:
+        return False
+    return logits.device.type == "cpu" or os.environ.get("IMBALANCE_KERNELS_CHECK") == "1"
+
+
+def check_class_vector(argument: str, vector: Tensor | None, num_classes: int) -> None:
+    """Check a constant with one entry per class."""
+    if vector is None:
+        return
+    if vector.requires_grad:
+        raise ValueError(f"{argument} requires grad, but class vectors are constants: pass {argument}.detach()")
+    if not vector.is_floating_point():
+        raise TypeError(f"{argument} has dtype {vector.dtype}, but it must be floating point")
+    if vector.shape != (num_classes,):
+        raise ValueError(f"{argument} has shape {tuple(vector.shape)}, but input has {num_classes} classes: it must be ({num_classes},)")
+
+
+def _check_number(argument: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high or math.isinf(value):
+        wants = f"at least {low} and finite" if math.isinf(high) else f"from {low} to {high}"
+        raise ValueError(f"{argument} is {value!r}, but it must be {wants}")
+
+
+def _wrong_target_shape(input: Tensor, target: Tensor, class_dim: int) -> str:
+    wants = input.movedim(class_dim, -1).shape[:-1]
+    message = (
+        f"target has shape {tuple(target.shape)}, but with input {tuple(input.shape)} and class_dim={class_dim} it must be "
+        f"{tuple(wants)}"
+    )
+    if target.shape == input.shape[:-1]:
+        message += "; if the classes are the last dimension, as in language models, pass class_dim=-1"
+    elif target.shape == input.shape:
+        message += f", or {tuple(input.shape)} in floating point for class probabilities"
+    return message
+
+
+def _is_view(base: Tensor, rows: Tensor) -> bool:
+    """Return whether `rows` shares the storage of `base`, which reshape and contiguous decide by the layout."""
+    if torch.compiler.is_compiling():
+        return base.dim() <= 2 and base.stride(-1) == 1 or base.is_contiguous()
+    return rows.numel() == 0 or rows.data_ptr() == base.data_ptr()

@@ -1,0 +1,85 @@
+"""target_and_rest: each row of logits split into its target and the log-sum-exp of the rest, differentiable.
+
+Reads the logits once; its backward reads them once and writes their gradient once. Nothing else of their size exists.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imbalance_kernels import reference
+from imbalance_kernels.ops.kernel_arguments import split_arguments
+from imbalance_kernels.options import SoftmaxOptions, accumulate_dtype
+from imbalance_kernels.softmax_row import RowSplit
+
+__all__ = ["graph_is_kept", "split_rows"]
+
+
+def graph_is_kept() -> bool:
+    """Return whether the running backward may be followed by another over the same graph."""
+    asks = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if asks is None else bool(asks())
+
+
+class _TargetAndRest(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, options: SoftmaxOptions) -> tuple[Tensor, ...]:
+        split = torch.ops.imbalance_kernels.target_and_rest(logits, target, *split_arguments(options))
+        _, rest, shift, _, weight_sum = split
+        ctx.save_for_backward(logits, target, rest, shift)
+        ctx.options = options
+        ctx.mark_non_differentiable(shift, weight_sum)
+        return tuple(split)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(
+        ctx: Any, d_target: Tensor, d_rest: Tensor, _shift: Tensor, d_weighted_logits: Tensor, _weight_sum: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        logits, target, rest, shift = ctx.saved_tensors
+        arguments = (logits, target, *split_arguments(ctx.options), rest, shift, d_target, d_rest, d_weighted_logits)
+        if ctx.options.inplace and not torch.compiler.is_compiling() and not graph_is_kept():
+            torch.ops.imbalance_kernels.target_and_rest_backward_(*arguments)
+            torch.autograd.graph.increment_version(logits)
+            d_logits = logits.detach()
+        else:
+            d_logits = torch.ops.imbalance_kernels.target_and_rest_backward(*arguments)
+        return d_logits, None, None  # target, options
+
+
+def split_rows(logits: Tensor, target: Tensor, options: SoftmaxOptions, impl: str) -> RowSplit:
+    """Return the split of logits (N, C) with target (N,) class indices or (N, C) probabilities.
+
+    The class vectors of `options` are already on the logits' device in the accumulation dtype.
+    """
+    if impl == "reference":
+        return reference.target_and_rest(logits, target, options)
+    if torch.is_grad_enabled() and logits.requires_grad:
+        split = _TargetAndRest.apply(logits, target, options)
+    else:
+        split = torch.ops.imbalance_kernels.target_and_rest(logits, target, *split_arguments(options))
+    if target.is_floating_point() or options.label_smoothing > 0:
+        return RowSplit(*split)
+    return RowSplit(*split[:3])
+
+
+if hasattr(torch.ops.imbalance_kernels, "target_and_rest"):
+
+    @torch.library.register_fake("imbalance_kernels::target_and_rest")
+    def _(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, ...]:
+        dtype = accumulate_dtype(logits.dtype)
+        label_smoothing = options[8]
+        weighted = logits.shape[0] if label_smoothing > 0 or target.is_floating_point() else 0
+        sizes = [logits.shape[0]] * 3 + [weighted] * 2
+        return tuple(logits.new_empty((size,), dtype=dtype) for size in sizes)
+
+    @torch.library.register_fake("imbalance_kernels::target_and_rest_backward")
+    def _(logits: Tensor, *_: Any) -> Tensor:
+        return logits.new_empty(logits.shape)
+
+    @torch.library.register_fake("imbalance_kernels::target_and_rest_backward_")
+    def _(logits: Tensor, *_: Any) -> None:
+        return None

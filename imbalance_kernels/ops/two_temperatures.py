@@ -1,0 +1,74 @@
+"""Soft truncation of a softmax: cross-entropy weighted by a probability at another temperature.
+
+    softmax_neg             loss = -r_t log p_t            r = softmax(-K z)    kexue.fm 4733
+    one_minus_softmax       loss = -(1 - s_t) log p_t      s = softmax(K z)     its reader's form
+
+Composed from two `target_and_rest` of the same logits, so that it reads them twice forward and twice backward.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from imbalance_kernels.objectives import SoftTruncation
+from imbalance_kernels.ops.checks import check_row_tensors
+from imbalance_kernels.ops.softmax_loss import prepare
+from imbalance_kernels.ops.target_and_rest import split_rows
+from imbalance_kernels.options import SoftmaxOptions
+from imbalance_kernels.softmax_row import RowTargets, reduce_rows, row_losses
+
+__all__ = ["FORMS", "two_temperature_loss"]
+
+FORMS = ("softmax_neg", "one_minus_softmax")
+
+
+def two_temperature_loss(
+    input: Tensor,
+    target: Tensor,
+    options: SoftmaxOptions,
+    form: str,
+    *,
+    sample_weight: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+    class_dim: int = 1,
+    impl: str | None = None,
+) -> Tensor:
+    """Return the loss of `form`, whose K is that of the options' objective, a SoftTruncation.
+
+    The public form is imbalance_kernels.functional.soft_truncation_loss.
+    """
+    assert isinstance(options.objective, SoftTruncation)
+    if options.inplace:
+        raise ValueError(f"inplace=True is not possible with form={form!r}, which reads the logits twice: use form='log_odds'")
+    rows, options, impl = prepare(input, target, options, class_dim, impl)
+    options = replace(options, inplace=False)
+    sample_weight, normalizer = check_row_tensors(options, rows, sample_weight, normalizer)
+
+    num_classes = rows.logits.shape[1]
+    targets = RowTargets.of(rows.target, num_classes, options.ignore_index)
+    split = split_rows(rows.logits, rows.target, options, impl)
+    sharpness = options.objective.sharpness
+    temperature = -sharpness if form == "softmax_neg" else sharpness
+    sharp = split_rows(rows.logits, rows.target, _at_temperature(options, temperature), impl)
+    log_odds = sharp.log_odds if form == "softmax_neg" else -sharp.log_odds
+    # A masked target has p = 0: weight 1, and nothing to differentiate in it.
+    masked = split.target == -math.inf
+    weight = torch.where(masked, 1.0, torch.sigmoid(torch.where(masked, torch.zeros_like(log_odds), log_odds)))
+    value = weight * -torch.nn.functional.logsigmoid(split.log_odds)
+    losses = row_losses(split, targets, options, sample_weight, num_classes, value)
+    loss = reduce_rows(losses, targets, options, sample_weight, normalizer)
+    return loss.reshape(rows.shape) if options.reduction == "none" else loss
+
+
+def _at_temperature(options: SoftmaxOptions, temperature: float) -> SoftmaxOptions:
+    """Return options whose effective logits are `temperature` times those of `options`; masks stay masks."""
+    logit_map = options.logit_map
+    bias = logit_map.bias
+    if bias is not None:
+        bias = torch.where(bias == -math.inf, bias, temperature * bias)
+    logit_map = replace(logit_map, scale=temperature * logit_map.scale, bias=bias)
+    return replace(options, logit_map=logit_map, label_smoothing=0.0, weight=None)

@@ -1,0 +1,41 @@
+"""The options of a softmax-family loss as one frozen object: what travels from a module through autograd to a kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from imbalance_kernels.logit_map import LogitMap
+from imbalance_kernels.objectives import CrossEntropy, Objective
+
+__all__ = ["SoftmaxOptions", "accumulate_dtype"]
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of statistics, class vectors and losses: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True, eq=False)
+class SoftmaxOptions:
+    """Everything about a softmax-family loss but its tensors per row. Class vectors are (C,)."""
+
+    objective: Objective = field(default_factory=CrossEntropy)
+    logit_map: LogitMap = field(default_factory=LogitMap)
+    weight: Tensor | None = None  # (C,)
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    ignore_index: int = -100
+    reduction: str = "mean"
+    inplace: bool = False
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> SoftmaxOptions:
+        """Return the options with their class vectors on `device` in `dtype`."""
+        return replace(
+            self,
+            objective=self.objective.to(device, dtype),
+            logit_map=self.logit_map.to(device, dtype),
+            weight=None if self.weight is None else self.weight.to(device, dtype),
+        )

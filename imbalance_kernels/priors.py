@@ -1,0 +1,159 @@
+"""Class priors: how often each class is expected, and what a zero count means."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Prior", "chosen_prior", "ldam_margins", "vs_factors"]
+
+ZERO_COUNT_POLICIES = ("laplace", "floor", "exclude")
+
+
+def _checked_counts(class_counts: Tensor | Sequence[float] | Any, argument: str = "class_counts") -> Tensor:
+    """Return counts (C,) as float64 on CPU.
+
+    Raises:
+        ValueError: not one-dimensional, empty, negative, not finite, or all zero.
+    """
+    if isinstance(class_counts, Tensor):
+        counts = class_counts.detach().to(device="cpu", dtype=torch.float64)
+    else:
+        counts = torch.as_tensor(class_counts, dtype=torch.float64, device="cpu")
+    if counts.dim() != 1 or counts.numel() == 0:
+        raise ValueError(f"{argument} has shape {tuple(counts.shape)}, but it must be one number per class, (C,)")
+    if not bool((torch.isfinite(counts) & (counts >= 0)).all()):
+        raise ValueError(f"{argument} must be finite and at least 0, got {class_counts!r}")
+    if not bool(counts.sum() > 0):
+        raise ValueError(f"{argument} is zero for every class")
+    return counts.clone()
+
+
+class Prior:
+    """A fixed class prior: adds tau * log prior_j to the logits of a loss (logit adjustment).
+
+    Computed in float64 from the counts and kept so: every loss takes its own copy in the precision that it computes in.
+
+    Args:
+        class_counts: how often each class occurs (C,): tensor, array or list, integers or frequencies.
+        tau: temperature of the prior; 1 is near optimal, 0 switches it off.
+        zero_count: what a count of zero means. "laplace": one is added to every count; "floor": it counts as one;
+            "exclude": the class gets probability zero (bias -inf) and is never predicted.
+
+    Raises:
+        ValueError: a zero count without `zero_count`; negative, infinite or all-zero counts; tau not finite.
+
+    Source: kexue.fm 7615; Menon et al. 2021, "Long-tail learning via logit adjustment".
+
+    Example:
+        >>> prior = Prior([900, 90, 10])
+        >>> prior.probabilities.tolist()
+        [0.9, 0.09, 0.01]
+    """
+
+    def __init__(self, class_counts: Tensor | Sequence[float] | Any, tau: float = 1.0, zero_count: str | None = None):
+        counts = _checked_counts(class_counts)
+        if zero_count is not None and zero_count not in ZERO_COUNT_POLICIES:
+            raise ValueError(f"zero_count is {zero_count!r}, but it must be None or one of {ZERO_COUNT_POLICIES}")
+        zeros = int((counts == 0).sum())
+        if zeros and zero_count is None:
+            raise ValueError(
+                f"class_counts has {zeros} zero(s), whose log prior is -inf: choose zero_count='laplace' (add one to every "
+                "count), 'floor' (zero counts as one) or 'exclude' (the class is never predicted)"
+            )
+        if zero_count == "laplace":
+            counts = counts + 1
+        elif zero_count == "floor":
+            counts = torch.where(counts == 0, torch.ones_like(counts), counts)
+        self._set(counts, tau)
+
+    @classmethod
+    def from_probabilities(cls, probabilities: Tensor | Sequence[float] | Any, tau: float = 1.0) -> Prior:
+        """Make a prior from class probabilities (C,), above 0; they are normalised to sum 1.
+
+        Raises:
+            ValueError: a probability that is not above 0, or a sum that is not 1 within 1 %.
+        """
+        values = _checked_counts(probabilities, "probabilities")
+        if not bool((values > 0).all()):
+            raise ValueError("probabilities must be above 0: for classes that never occur give Prior counts and zero_count")
+        if abs(float(values.sum()) - 1) > 0.01:
+            raise ValueError(f"probabilities sum to {float(values.sum()):.6g}, but they must sum to 1: are they counts?")
+        prior = cls.__new__(cls)
+        prior._set(values, tau)
+        return prior
+
+    def _set(self, counts: Tensor, tau: float) -> None:
+        if not math.isfinite(tau):
+            raise ValueError(f"tau is {tau!r}, but it must be finite")
+        self.tau = float(tau)
+        self.counts = counts  # (C,) float64 on CPU, the zero-count policy applied
+        log_prior = torch.log(counts) - torch.log(counts.sum())
+        # tau * log prior (C,), float64 on CPU; -inf for an excluded class, whatever tau is
+        self.bias = torch.where(counts == 0, -math.inf, self.tau * log_prior)
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return self.counts.numel()
+
+    @property
+    def probabilities(self) -> Tensor:
+        """The prior (C,), float64 on CPU."""
+        return self.counts / self.counts.sum()
+
+    def __repr__(self) -> str:
+        return f"Prior(num_classes={self.num_classes}, tau={self.tau:g})"
+
+
+def chosen_prior(
+    class_counts: Tensor | Any | None, tau: float, zero_count: str | None, prior: Prior | Tensor | None
+) -> Prior:
+    """Return the prior of a logit-adjusted loss, given by counts or as a prior, one of them."""
+    if (class_counts is None) == (prior is None):
+        given = "neither" if prior is None else "both"
+        raise ValueError(f"class_counts and prior: {given} given, but the loss takes exactly one of them")
+    if prior is None:
+        return Prior(class_counts, tau, zero_count)
+    if zero_count is not None:
+        raise ValueError("zero_count is given with prior, but it belongs to counts: Prior(class_counts, zero_count=...)")
+    if isinstance(prior, Prior):
+        if tau != 1.0:
+            raise ValueError("tau is given with a Prior, which has its own: Prior(class_counts, tau=...)")
+        return prior
+    if prior.requires_grad:
+        raise ValueError("prior requires grad, but class vectors are constants: pass prior.detach()")
+    return Prior.from_probabilities(prior, tau)
+
+
+def ldam_margins(class_counts: Tensor | Any, max_margin: float = 0.5) -> Tensor:
+    """Return LDAM's margins (C,) in float64: ``max_margin * (n_min / n_j)^(1/4)``. Cao et al. 2019.
+
+    Raises:
+        ValueError: a class without examples, whose margin would be infinite; max_margin not above 0.
+
+    Example:
+        >>> ldam_margins([10000, 16, 1]).tolist()
+        [0.05, 0.25, 0.5]
+    """
+    counts = _checked_counts(class_counts)
+    if bool((counts == 0).any()):
+        raise ValueError("class_counts has a zero, whose LDAM margin n^(-1/4) is infinite: leave the class out or count it once")
+    if not (math.isfinite(max_margin) and max_margin > 0):
+        raise ValueError(f"max_margin is {max_margin!r}, but it must be above 0 and finite")
+    return max_margin * (counts.min() / counts) ** 0.25
+
+
+def vs_factors(prior: Prior, gamma: float = 0.3) -> Tensor:
+    """Return VS loss's factors (C,) in float64: ``(n_j / n_max)^gamma``. Kini et al. 2021.
+
+    Raises:
+        ValueError: gamma negative or not finite.
+    """
+    if not (math.isfinite(gamma) and gamma >= 0):
+        raise ValueError(f"gamma is {gamma!r}, but it must be at least 0 and finite")
+    return (prior.counts / prior.counts.max()) ** gamma

@@ -1,0 +1,112 @@
+"""The operations in plain PyTorch: the specification that every kernel is tested against, and the fall-back.
+
+Differentiable by autograd, float64-capable, on any device; it allocates several (N, C) temporaries, which is what the
+kernels exist to avoid. Logits are (N, C) here; ops/ does checks, layouts and the choice of implementation.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from imbalance_kernels.options import SoftmaxOptions, accumulate_dtype
+from imbalance_kernels.softmax_row import RowSplit, RowTargets, reduce_rows, row_losses
+
+__all__ = ["softmax_loss", "target_and_rest"]
+
+
+def target_and_rest(
+    logits: Tensor,  # (N, C)
+    target: Tensor,  # (N,) class indices, or (N, C) class probabilities
+    options: SoftmaxOptions,
+) -> RowSplit:
+    """Split each row of effective logits into its target and the log-sum-exp of the rest.
+
+    A row whose target is ignored is split as if it had one class with logit 0 (target 0, rest -inf), so that its log
+    probability is 0 and its gradient exactly 0; a row whose target is no class gives NaN. With class probabilities there
+    is no target: it is -inf, and the rest is the whole row.
+    """
+    if target.is_floating_point():
+        return _whole_row(logits, target, options)
+    x = logits.to(accumulate_dtype(logits.dtype))
+    targets = RowTargets.of(target, x.shape[1], options.ignore_index)
+    outside = ~targets.valid & ~targets.ignored
+    index = targets.index[:, None]  # (N, 1)
+    masked = options.logit_map.masked(x)  # (N, C)
+    x = x * torch.where(outside, math.nan, 1.0).to(x.dtype)[:, None]
+    x = _without(x, masked | targets.ignored[:, None])
+
+    z = options.logit_map.every_class(x)  # (N, C)
+    target_logit = options.logit_map.target(x.gather(1, index).squeeze(1), targets.index)  # (N,)
+    rest, shift = _logsumexp(z, masked.scatter(1, index, True))
+    split_target = torch.where(masked.gather(1, index).squeeze(1), -math.inf, target_logit - shift)
+
+    weighted_logits = weight_sum = None
+    if options.label_smoothing > 0:
+        weights = torch.ones_like(x) if options.weight is None else options.weight.expand_as(x)
+        relative = (z - shift[:, None]).scatter(1, index, (target_logit - shift)[:, None])
+        weighted_logits = torch.where(masked, 0.0, weights * relative).sum(dim=1)
+        weight_sum = torch.where(masked, 0.0, weights).sum(dim=1)
+
+    zero = torch.zeros_like(shift)
+    return RowSplit(
+        torch.where(targets.ignored, zero, split_target),
+        torch.where(targets.ignored, -math.inf, rest),
+        torch.where(targets.ignored, zero, shift),
+        weighted_logits,
+        weight_sum,
+    )
+
+
+def softmax_loss(
+    logits: Tensor,  # (N, C)
+    target: Tensor,  # (N,) class indices, or (N, C) class probabilities
+    options: SoftmaxOptions,
+    sample_weight: Tensor | None = None,  # (N,)
+    normalizer: Tensor | None = None,  # ()
+) -> Tensor:
+    """Return the reduced loss of `options`; see imbalance_kernels.functional.softmax_loss."""
+    num_classes = logits.shape[1]
+    targets = None if target.is_floating_point() else RowTargets.of(target, num_classes, options.ignore_index)
+    split = target_and_rest(logits, target, options)
+    losses = row_losses(split, targets, options, sample_weight, num_classes)
+    return reduce_rows(losses, targets, options, sample_weight, normalizer)
+
+
+def _whole_row(logits: Tensor, probabilities: Tensor, options: SoftmaxOptions) -> RowSplit:
+    """The split for class probabilities (N, C): smoothed and weighted, over unmasked classes.
+
+    A masked class of positive probability keeps its weight: its loss is infinite.
+    """
+    x = logits.to(accumulate_dtype(logits.dtype))
+    masked = options.logit_map.masked(x)
+    z = options.logit_map.every_class(_without(x, masked))
+    rest, shift = _logsumexp(z, masked)
+    smoothing = options.label_smoothing
+    weights = (1 - smoothing) * probabilities.to(x.dtype) + (smoothing / x.shape[1]) * (~masked).to(x.dtype)
+    weights = weights if options.weight is None else weights * options.weight
+    relative = (z - shift[:, None]).masked_fill(masked, -math.inf)
+    weighted_logits = torch.where(weights == 0, 0.0, weights * relative).sum(dim=1)
+    return RowSplit(torch.full_like(rest, -math.inf), rest, shift, weighted_logits, weights.sum(dim=1))
+
+
+def _without(x: Tensor, masked: Tensor) -> Tensor:
+    """Return x with 0 where masked: nothing that such an entry holds (-inf, NaN) reaches the result or autograd."""
+    return torch.where(masked, torch.zeros_like(x), x)
+
+
+def _logsumexp(z: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (log sum_j exp(z_j - shift), shift), both (N,), over the entries of z (N, C) that are not excluded.
+
+    The shift is their maximum, 0 where there is none; the sum is -inf there.
+    """
+    z = z.masked_fill(excluded, -math.inf)
+    if z.shape[1] == 0:
+        return z.sum(dim=1) - math.inf, z.sum(dim=1)
+    highest = z.detach().amax(dim=1)
+    shift = torch.where(highest == -math.inf, torch.zeros_like(highest), highest)
+    total = torch.exp(z - shift[:, None]).sum(dim=1)
+    empty = total == 0
+    return torch.where(empty, -math.inf, torch.log(torch.where(empty, torch.ones_like(total), total))), shift

@@ -1,0 +1,112 @@
+"""The row program in PyTorch: from the N-vectors of a row's split to its loss, and the reduction over rows.
+
+It is the mirror of csrc/softmax_row.h: the reference uses it on its own split, the kernels' second route (float16,
+``reduction="none"``, losses with two temperatures) on the N-vectors of `target_and_rest`. Autograd differentiates it;
+nothing here is larger than (N,).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from imbalance_kernels.objectives import evaluate
+from imbalance_kernels.options import SoftmaxOptions
+
+__all__ = ["RowSplit", "RowTargets", "reduce_rows", "row_losses"]
+
+
+class RowSplit(NamedTuple):
+    """A row split into its target and the rest; target, rest and the sums are relative to the shift."""
+
+    target: Tensor  # (N,) z_t - shift; -inf where the target is masked or the targets are class probabilities
+    rest: Tensor  # (N,) log sum_{j != t} exp(z_j - shift)
+    shift: Tensor  # (N,) max_{j != t} z_j, a constant of differentiation
+    weighted_logits: Tensor | None = None  # (N,) sum_j u_j (z_j - shift), u = class weights or weighted probabilities
+    weight_sum: Tensor | None = None  # (N,) sum_j u_j over unmasked classes, a constant
+
+    @property
+    def log_odds(self) -> Tensor:
+        """log(p_t / (1 - p_t)) (N,)."""
+        return self.target - self.rest
+
+    @property
+    def relative_logsumexp(self) -> Tensor:
+        """log sum_j exp(z_j - shift) (N,); finite also where the target is masked."""
+        return torch.logaddexp(self.target, self.rest)
+
+
+class RowTargets(NamedTuple):
+    """What the target of each row is."""
+
+    index: Tensor  # (N,) int64 class index, 0 where there is none
+    valid: Tensor  # (N,) bool: the target is a class
+    ignored: Tensor  # (N,) bool: the target is ignore_index; neither: no class, the row is NaN
+
+    @classmethod
+    def of(cls, target: Tensor, num_classes: int, ignore_index: int) -> RowTargets:
+        """Sort class indices (N,) into valid, ignored and neither."""
+        ignored = target == ignore_index
+        valid = (target >= 0) & (target < num_classes) & ~ignored
+        return cls(torch.where(valid, target, 0).long(), valid, ignored)
+
+
+def row_losses(
+    split: RowSplit,
+    targets: RowTargets | None,  # None for class probabilities
+    options: SoftmaxOptions,
+    sample_weight: Tensor | None,  # (N,)
+    num_classes: int,
+    value: Tensor | None = None,  # (N,) G, where it is not the objective of the log-odds
+) -> Tensor:
+    """Return the loss of each row (N,): weights, label smoothing and z-loss included, ignored rows exactly 0."""
+    smoothing = options.label_smoothing
+    if targets is None:
+        assert split.weight_sum is not None and split.weighted_logits is not None
+        loss = split.weight_sum * split.rest - split.weighted_logits
+    else:
+        loss = evaluate(options.objective.at(targets.index), split.log_odds) if value is None else value
+        if options.weight is not None:
+            loss = loss * options.weight[targets.index]
+        if smoothing > 0:
+            assert split.weight_sum is not None and split.weighted_logits is not None
+            spread = split.weight_sum * split.relative_logsumexp - split.weighted_logits
+            loss = (1 - smoothing) * loss + (smoothing / num_classes) * spread
+    if options.z_loss > 0:
+        relative = split.rest if targets is None else split.relative_logsumexp
+        loss = loss + options.z_loss * (split.shift + relative).square()
+    if sample_weight is not None:
+        loss = loss * sample_weight
+    return loss if targets is None else torch.where(targets.ignored, torch.zeros_like(loss), loss)
+
+
+def reduce_rows(
+    losses: Tensor,  # (N,)
+    targets: RowTargets | None,
+    options: SoftmaxOptions,
+    sample_weight: Tensor | None,  # (N,)
+    normalizer: Tensor | None,  # ()
+) -> Tensor:
+    """Return the reduced loss: () for "mean" and "sum", (N,) for "none"; a normalizer of zero gives 0."""
+    if options.reduction == "none":
+        return losses
+    if normalizer is not None:
+        zero = normalizer == 0
+        return losses.sum() * torch.where(zero, 0.0, 1 / torch.where(zero, torch.ones_like(normalizer), normalizer))
+    if options.reduction == "sum":
+        return losses.sum()
+    return losses.sum() / _divisor(losses, targets, options, sample_weight)
+
+
+def _divisor(
+    losses: Tensor, targets: RowTargets | None, options: SoftmaxOptions, sample_weight: Tensor | None
+) -> Tensor:
+    """Return the mean's divisor (): the sum of sample weight * class weight over valid rows, as torch has it."""
+    rows = torch.ones_like(losses) if sample_weight is None else sample_weight
+    if targets is None:
+        return rows.sum()
+    if options.weight is not None:
+        rows = rows * options.weight[targets.index]
+    return torch.where(targets.valid, rows, torch.zeros_like(rows)).sum()
