@@ -115,7 +115,7 @@ class Split {
   // Calls body(first_row, last_row, scratch) over all rows, from torch's threads.
   template <class Body>
   void for_rows(const Body& body) const {
-    const int64_t bytes = (static_cast<int64_t>(cpu::scratch_bytes(arguments)) + 63) / 64 * 64;
+    const int64_t bytes = (static_cast<int64_t>(cpu::kernels()->scratch_bytes(arguments)) + 63) / 64 * 64;
     const Tensor scratch = at::empty({at::get_num_threads() * bytes}, at::kByte);
     uint8_t* const memory = scratch.mutable_data_ptr<uint8_t>();
     const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, arguments.classes));
@@ -226,7 +226,8 @@ Tensor loss_and_gradient(const Tensor& logits, const Tensor& d_logits, SPLIT_PAR
     loss.d_logits = d_logits.mutable_data_ptr();
     loss.gradient_stride = d_logits.stride(0);
   }
-  split.for_rows([&](int64_t first, int64_t last, void* scratch) { cpu::softmax_loss(loss, first, last, scratch); });
+  const auto run = cpu::kernels()->loss[static_cast<int>(loss.split.dtype)];
+  split.for_rows([&](int64_t first, int64_t last, void* scratch) { run(loss, first, last, scratch); });
   const double total = sum_of<T>(losses);
   return at::empty({}, losses.options()).fill_(nothing ? 0 : total / divisor);
 }
@@ -265,9 +266,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> target_and_rest_cpu(const Ten
   const cpu::SplitVectors out{target_logit.mutable_data_ptr(), rest.mutable_data_ptr(), shift.mutable_data_ptr(),
                               split.has_weights() ? weighted_logits.mutable_data_ptr() : nullptr,
                               split.has_weights() ? weight_sum.mutable_data_ptr() : nullptr};
-  split.for_rows([&](int64_t first, int64_t last, void* scratch) {
-    cpu::target_and_rest(split.arguments, out, first, last, scratch);
-  });
+  const auto run = cpu::kernels()->split[static_cast<int>(split.arguments.dtype)];
+  split.for_rows([&](int64_t first, int64_t last, void* scratch) { run(split.arguments, out, first, last, scratch); });
   return {target_logit, rest, shift, weighted_logits, weight_sum};
 }
 
@@ -288,9 +288,8 @@ void split_gradient(const Tensor& logits, const Tensor& d_logits, SPLIT_PARAMETE
   backward.d_logits = d_logits.mutable_data_ptr();
   backward.gradient_stride = d_logits.stride(0);
   backward.split = split.arguments;
-  split.for_rows([&](int64_t first, int64_t last, void* scratch) {
-    cpu::target_and_rest_backward(backward, first, last, scratch);
-  });
+  const auto run = cpu::kernels()->split_backward[static_cast<int>(backward.split.dtype)];
+  split.for_rows([&](int64_t first, int64_t last, void* scratch) { run(backward, first, last, scratch); });
 }
 
 Tensor target_and_rest_backward_cpu(const Tensor& logits, SPLIT_PARAMETERS, SPLIT_BACKWARD_PARAMETERS) {
@@ -312,7 +311,7 @@ std::map<std::string, std::string> build_info() {
 #else
           {"compiler", "gcc " __VERSION__},
 #endif
-          {"instruction_set", cpu::instruction_set()}};
+          {"instruction_set", cpu::kernels()->name}};
 }
 
 std::vector<std::string> instruction_sets() {
@@ -347,7 +346,7 @@ TORCH_LIBRARY_IMPL(imbalance_kernels, CPU, m) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "The compiled kernels of imbalance-kernels; loading it registers torch.ops.imbalance_kernels.";
-  if (imbalance::cpu::instruction_set() == nullptr) {
+  if (imbalance::cpu::kernels() == nullptr) {
     throw pybind11::import_error(
         "IMBALANCE_KERNELS_INSTRUCTION_SET names an instruction set that this binary or this processor does not have");
   }

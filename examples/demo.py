@@ -33,7 +33,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--imbalance-factor", type=int, default=100, help="most frequent class / rarest class")
     parser.add_argument("--seeds", type=int, help="seeds per method (default: 2 for Fashion-MNIST, 5 for digits)")
     parser.add_argument("--rows", type=int, help="tokens per step of part 2 (default: 512 on a CPU, 4096 on a GPU)")
-    parser.add_argument("--steps", type=int, default=40, help="steps of part 2")
+    parser.add_argument("--steps", type=int, default=30, help="steps of part 2")
     return parser.parse_args()
 
 

@@ -138,10 +138,10 @@ def spread(values: list[float]) -> float:
 
 
 def compare(results: dict[str, Result], name: str, test_images_per_class: int) -> str:
-    """One sentence: balanced accuracy against cross-entropy, seed against the same seed, and whether it is more than noise.
+    """Say how balanced accuracy differs from cross-entropy's, seed against the same seed, and whether that is noise.
 
-    The error has two parts: seeds (standard error of the mean difference), and the test set, of finite size and the same for
-    all seeds (binomial, as if the two models erred independently, which overstates it). Twice the error counts.
+    The error has two parts: the seeds (standard error of the mean difference), and the test set, which is finite and
+    the same for all seeds (binomial, as if the two models erred independently, which overstates it).
     """
     ours, theirs = results[name], results[CROSS_ENTROPY]
     differences = [a - b for a, b in zip(ours.balanced, theirs.balanced, strict=True)]
@@ -169,9 +169,7 @@ def format_table(results: dict[str, Result], num_classes: int) -> str:
     ]
     plain = results[CROSS_ENTROPY]
     if statistics.mean(plain.tail) > statistics.mean(plain.balanced):
-        lines.append(
-            "(The rarest classes are easy here: cross-entropy, too, does better on them than on the average class.)"
-        )
+        lines.append("The rarest classes are easy here: even cross-entropy does better on them than on average.")
     return "\n".join(lines)
 
 

@@ -48,6 +48,13 @@ struct Lanes {
   }
   IMBALANCE_INLINE void store(T* p) const { std::memcpy(p, &v, Bytes); }
 
+  // 0, 1, 2, ...
+  static IMBALANCE_INLINE Mask iota() {
+    Mask indices;
+    for (int i = 0; i < count; ++i) indices[i] = i;
+    return indices;
+  }
+
   friend IMBALANCE_INLINE Lanes operator+(Lanes a, Lanes b) { return a.v + b.v; }
   friend IMBALANCE_INLINE Lanes operator-(Lanes a, Lanes b) { return a.v - b.v; }
   friend IMBALANCE_INLINE Lanes operator*(Lanes a, Lanes b) { return a.v * b.v; }

@@ -1,5 +1,4 @@
-// What bindings.cpp asks of the CPU kernels: plain pointers, sizes and strides. No torch, no threads: each call works on a
-// range of rows with scratch memory of its own.
+// What bindings.cpp asks of the CPU kernels: plain pointers, sizes and strides. No torch and no threads.
 #pragma once
 
 #include <cstddef>
@@ -68,18 +67,25 @@ struct SplitBackwardArguments {
   std::int64_t gradient_stride;
 };
 
-// Bytes of scratch, 64-byte aligned, that a call needs.
-std::size_t scratch_bytes(const SplitArguments& split);
+// The kernels of one instruction set, by Dtype; each works on rows [first_row, last_row).
+struct Kernels {
+  const char* name;
+  std::size_t (*scratch_bytes)(const SplitArguments&);  // 64-byte aligned, of each call
+  void (*loss[4])(const LossArguments&, std::int64_t first_row, std::int64_t last_row, void* scratch);
+  void (*split[4])(const SplitArguments&, const SplitVectors&, std::int64_t first_row, std::int64_t last_row, void* scratch);
+  void (*split_backward[4])(const SplitBackwardArguments&, std::int64_t first_row, std::int64_t last_row, void* scratch);
+};
 
-void softmax_loss(const LossArguments& arguments, std::int64_t first_row, std::int64_t last_row, void* scratch);
-void target_and_rest(const SplitArguments& arguments, const SplitVectors& out, std::int64_t first_row,
-                     std::int64_t last_row, void* scratch);
-void target_and_rest_backward(const SplitBackwardArguments& arguments, std::int64_t first_row, std::int64_t last_row,
-                              void* scratch);
+const Kernels* baseline_kernels();  // what every processor of the architecture has: SSE2, NEON
+#if defined(__x86_64__)
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+#endif
 
-// The instruction sets in this binary, widest last, and the one that is used: the widest that the processor has, or the one
-// named by the environment variable IMBALANCE_KERNELS_INSTRUCTION_SET. Null where that name is not to be had.
+// The widest that this processor has, or the one that IMBALANCE_KERNELS_INSTRUCTION_SET names; null where that is not to be had.
+const Kernels* kernels();
+
+// The names of those in this binary, widest last; `count` gets their number.
 const char* const* instruction_sets(int* count);
-const char* instruction_set();
 
 }  // namespace imbalance::cpu

@@ -1,6 +1,12 @@
 // Storage types and their conversion to lanes of the accumulation type: whole packs, and the rest of a row.
 #pragma once
 
+#if defined(IMBALANCE_AVX512)
+#include <immintrin.h>
+#endif
+
+#include <type_traits>
+
 #include "simd.h"
 
 namespace imbalance::cpu {
@@ -95,6 +101,11 @@ IMBALANCE_INLINE void store(Float16* p, L x) {
 // The first n < L::count elements of p; the lanes behind them are `fill`.
 template <class L, class S>
 IMBALANCE_INLINE L load_first(const S* p, std::int64_t n, typename L::Scalar fill) {
+#if defined(IMBALANCE_AVX512)
+  if constexpr (std::is_same_v<S, float>) {
+    return L(_mm512_mask_loadu_ps(L(fill).v, static_cast<__mmask16>((1u << n) - 1), p));
+  }
+#endif
   S stored[L::count];
   store<L>(stored, L(fill));
   std::int64_t done = 0;
@@ -109,6 +120,12 @@ IMBALANCE_INLINE L load_first(const S* p, std::int64_t n, typename L::Scalar fil
 
 template <class L, class S>
 IMBALANCE_INLINE void store_first(S* p, std::int64_t n, L x) {
+#if defined(IMBALANCE_AVX512)
+  if constexpr (std::is_same_v<S, float>) {
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), x.v);
+    return;
+  }
+#endif
   S stored[L::count];
   store<L>(stored, x);
   std::int64_t done = 0;
@@ -123,11 +140,22 @@ IMBALANCE_INLINE void store_first(S* p, std::int64_t n, L x) {
 // One stored element as a number of the accumulation type, and back.
 template <class S, class T = typename AccumulateOf<S>::type>
 IMBALANCE_INLINE T number_of(const S* p) {
-  return load_first<Lanes<T, 16>>(p, 1, T(0)).v[0];
+  if constexpr (std::is_same_v<S, T>) {
+    return *p;
+  } else {
+    S stored[4] = {*p, *p, *p, *p};
+    return load<Lanes<T, 16>>(stored).v[0];
+  }
 }
 template <class S, class T>
 IMBALANCE_INLINE void store_number(S* p, T x) {
-  store_first(p, 1, Lanes<T, 16>(x));
+  if constexpr (std::is_same_v<S, T>) {
+    *p = x;
+  } else {
+    S stored[4];
+    store(stored, Lanes<T, 16>(x));
+    *p = stored[0];
+  }
 }
 
 }  // namespace imbalance::cpu
