@@ -104,11 +104,16 @@ class Split {
   bool has_weights() const { return arguments.target == nullptr || arguments.label_smoothing > 0; }
 
   void check_targets() const {
-    for (int64_t row = 0; arguments.target != nullptr && row < rows(); ++row) {
+    if (arguments.target == nullptr) return;
+    const auto outside = [this](int64_t row) {
       const int64_t target = arguments.target[row];
-      TORCH_CHECK_INDEX((target >= 0 && target < arguments.classes) || target == arguments.ignore_index, "target ", target,
-                        " is out of bounds: it must be in [0, ", arguments.classes, ") or ignore_index=",
-                        arguments.ignore_index);
+      return (target < 0 || target >= arguments.classes) && target != arguments.ignore_index;
+    };
+    bool any = false;
+    for (int64_t row = 0; row < rows(); ++row) any |= outside(row);
+    for (int64_t row = 0; any && row < rows(); ++row) {
+      TORCH_CHECK_INDEX(!outside(row), "target ", arguments.target[row], " is out of bounds: it must be in [0, ",
+                        arguments.classes, ") or ignore_index=", arguments.ignore_index);
     }
   }
 
@@ -175,28 +180,32 @@ Tensor empty_gradient(const Tensor& logits) {
       const OptionalTensor &sample_weight, const OptionalTensor &normalizer, bool mean, double z_loss
 #define LOSS_NAMES objective, objective_parameters, class_parameter, sample_weight, normalizer, mean, z_loss
 
+// The sum of value(i) for i < n in double, in an order that depends on n alone.
+template <class Value>
+double sum_of(int64_t n, const Value& value) {
+  double sums[8] = {};
+  for (int64_t i = 0; i < n; ++i) sums[i % 8] += value(i);
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+}
+
 // The mean's divisor: the sum of sample weight * class weight over rows that count.
 template <class T>
 double divisor_of(const cpu::LossArguments& loss, int64_t rows) {
   const auto* sample_weight = static_cast<const T*>(loss.sample_weight);
   const auto* class_weight = static_cast<const T*>(loss.split.class_weight);
   const int64_t* target = loss.split.target;
-  double sum = 0;
-  for (int64_t row = 0; row < rows; ++row) {
-    if (target != nullptr && target[row] == loss.split.ignore_index) continue;
-    const double weight = sample_weight != nullptr ? sample_weight[row] : 1.0;
-    sum += target != nullptr && class_weight != nullptr ? weight * class_weight[target[row]] : weight;
+  const int64_t ignore_index = loss.split.ignore_index;
+  if (target == nullptr && sample_weight == nullptr) return static_cast<double>(rows);
+  if (class_weight == nullptr && sample_weight == nullptr) {
+    int64_t valid = 0;
+    for (int64_t row = 0; row < rows; ++row) valid += target[row] != ignore_index;
+    return static_cast<double>(valid);
   }
-  return sum;
-}
-
-template <class T>
-double sum_of(const Tensor& losses) {
-  const T* p = losses.const_data_ptr<T>();
-  const int64_t n = losses.numel();
-  double sums[4] = {0, 0, 0, 0};
-  for (int64_t i = 0; i < n; ++i) sums[i % 4] += p[i];
-  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  return sum_of(rows, [&](int64_t row) {
+    if (target != nullptr && target[row] == ignore_index) return 0.0;
+    const double weight = sample_weight != nullptr ? sample_weight[row] : 1.0;
+    return target != nullptr && class_weight != nullptr ? weight * class_weight[target[row]] : weight;
+  });
 }
 
 // The reduced loss (); the gradient of the logits, for an upstream gradient of one, goes to d_logits where that is defined.
@@ -228,7 +237,8 @@ Tensor loss_and_gradient(const Tensor& logits, const Tensor& d_logits, SPLIT_PAR
   }
   const auto run = cpu::kernels()->loss[static_cast<int>(loss.split.dtype)];
   split.for_rows([&](int64_t first, int64_t last, void* scratch) { run(loss, first, last, scratch); });
-  const double total = sum_of<T>(losses);
+  const T* const row_losses = losses.const_data_ptr<T>();
+  const double total = sum_of(split.rows(), [&](int64_t row) { return row_losses[row]; });
   return at::empty({}, losses.options()).fill_(nothing ? 0 : total / divisor);
 }
 

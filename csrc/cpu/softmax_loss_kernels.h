@@ -21,6 +21,8 @@
 namespace imbalance::cpu {
 namespace {
 
+using std::int64_t;
+
 // Keeps a loop out of line, so that it is compiled once however often it is called; what it calls is inlined into it. Where
 // rows are one block the call would cost as much as the loop, which is then inlined too.
 template <bool Inline, class Body>
@@ -32,11 +34,10 @@ IMBALANCE_INLINE auto outline(const Body& body) requires(Inline) {
   return body();
 }
 
+constexpr int64_t kAhead = 2048;
 constexpr std::int64_t kBlock = 4096;           // elements; a block of floats takes 16 KB of L1
 constexpr std::int64_t kTileRows = 64;          // at most
 constexpr std::int64_t kTileBytes = 128 << 10;  // of a tile's exponentials
-
-using std::int64_t;
 
 constexpr int64_t pad(int64_t n) { return (n + 15) / 16 * 16; }  // to whole packs of the widest lanes
 
@@ -197,7 +198,8 @@ class Rows {
         add_weighted(z, scratch.weights, shift, n, &swept);
       }
       swept.shift = shift;
-      swept.sum += exponentiate(z, shift, n, exponentials ? exponentials + start : z, exact && exponentials);
+      const S* const next = logits(row) + start + (n < kAhead ? kAhead : n);
+      swept.sum += exponentiate(z, shift, n, exponentials ? exponentials + start : z, exact && exponentials, next);
       if (shifts) shifts[block] = highest;
     }
     if (has_target()) {
@@ -243,7 +245,7 @@ class Rows {
       const int64_t n = classes - start < kBlock ? classes - start : kBlock;
       map_block(row, start, n, -1, z);
       if (has_weights()) weigh_block(row, start, n, scratch.weights);
-      exponentiate(z, shift, n, z, false);
+      exponentiate(z, shift, n, z, false, logits(row) + start + n);
       spread_block(row, start, n, z, gradient, scratch, d_logits + start);
     }
     if (has_target()) {
@@ -354,11 +356,13 @@ class Rows {
 
   static IMBALANCE_INLINE int64_t pad_to_packs(int64_t n) { return (n + L::count - 1) / L::count * L::count; }
 
-  // exp(z - shift) to `out`; returns their sum. z is padded; out too, unless it is `exact`.
-  static IMBALANCE_INLINE T exponentiate(const T* z, T shift, int64_t n, T* out, bool exact) {
+  // exp(z - shift) to `out`; returns their sum. z is padded; out too, unless it is `exact`. Meanwhile the logits of the next
+  // block are fetched: this loop computes and waits for nothing, the next one does nothing but wait for memory.
+  static IMBALANCE_INLINE T exponentiate(const T* z, T shift, int64_t n, T* out, bool exact, const S* next) {
     return outline<OneBlock>([&]() IMBALANCE_LAMBDA {
       Sum sum;
       for_packs<L>(exact ? n : pad_to_packs(n), [&](auto whole, int64_t i, int64_t m, int a) IMBALANCE_LAMBDA {
+        __builtin_prefetch(next + i);
         const L exponential = M::exp_nonpositive(L::load(z + i) - L(shift));
         sum.of[a] = sum.of[a] + exponential;
         store_pack(whole, out + i, m, exponential);
