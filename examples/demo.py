@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import long_tail
 import plots
 import torch
 import vocabulary_head
+from image_data import find_fashion_mnist
 
 import imbalance_kernels as ik
 
@@ -34,7 +36,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, help="seeds per method (default: 2 for Fashion-MNIST, 5 for digits)")
     parser.add_argument("--rows", type=int, help="tokens per step of part 2 (default: 512 on a CPU, 4096 on a GPU)")
     parser.add_argument("--steps", type=int, default=30, help="steps of part 2")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.seeds is not None and arguments.seeds < 2:
+        parser.error("--seeds: the spread over seeds needs at least 2")
+    try:
+        find_fashion_mnist(arguments.data)
+    except FileNotFoundError as error:
+        parser.error(str(error))
+    return arguments
 
 
 def heading(text: str) -> None:
@@ -45,6 +54,7 @@ def main() -> None:
     arguments = parse_arguments()
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     rows = arguments.rows or (512 if device.type == "cpu" else 4096)
+    sys.stdout.reconfigure(line_buffering=True)  # also through a pipe the text keeps pace with the progress bars
     arguments.output.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
 

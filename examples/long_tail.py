@@ -31,7 +31,7 @@ class Schedule:
     seeds: int
 
 
-# digits: 251 images, so a training run takes seconds and more seeds can be afforded
+# The digits are so few that more seeds can be afforded, and so few that they are needed.
 SCHEDULES = {
     "Fashion-MNIST": Schedule(batch_size=128, steps=1500, seeds=2),
     "scikit-learn digits": Schedule(batch_size=32, steps=400, seeds=5),
@@ -133,10 +133,6 @@ def tail_size(num_classes: int) -> int:
     return num_classes // 3
 
 
-def spread(values: list[float]) -> float:
-    return statistics.stdev(values)
-
-
 def compare(results: dict[str, Result], name: str, test_images_per_class: int) -> str:
     """Say how balanced accuracy differs from cross-entropy's, seed against the same seed, and whether that is noise.
 
@@ -159,7 +155,7 @@ def format_table(results: dict[str, Result], num_classes: int) -> str:
     lines = [f"{'method':<20}" + "".join(f"{column:>17}" for column in columns)]
     for name, result in results.items():
         cells = [getattr(result, column) for column in columns]
-        lines.append(f"{name:<20}" + "".join(f"{statistics.mean(c):>9.3f} ± {spread(c):.3f}" for c in cells))
+        lines.append(f"{name:<20}" + "".join(f"{statistics.mean(c):>9.3f} ± {statistics.stdev(c):.3f}" for c in cells))
     lines += [
         "",
         "overall:  the test set re-weighted to the training set's class frequencies",
@@ -177,8 +173,6 @@ def run(folder: Path | None, imbalance_factor: int, seeds: int | None, device: t
     data = load_images(folder, imbalance_factor, seed=0).to(device)
     schedule = SCHEDULES[data.name]
     seeds = schedule.seeds if seeds is None else seeds
-    if seeds < 2:
-        raise ValueError(f"seeds is {seeds}, but the spread needs at least 2")
     print(f"Data: {data.name}, {len(data.train_labels)} training images, {len(data.test_labels)} test images.")
     if data.name != "Fashion-MNIST":
         print("For Fashion-MNIST: `apt install dataset-fashion-mnist`, or --data FOLDER with its four IDX files.")

@@ -58,14 +58,15 @@ def accuracy_per_class(result: dict, path: Path) -> Path:
         2, 1, figsize=(9, 5.8), sharex=True, gridspec_kw={"height_ratios": [3, 1]}
     )
     classes = range(len(result["class_names"]))
-    for name, colour, offset in ((CROSS_ENTROPY, PLAIN, -0.09), (LOGIT_ADJUSTMENT, OURS, 0.09)):
-        recall = torch.tensor(result["results"][name]["recall"])  # (seeds, C)
+    recalls = {name: torch.tensor(result["results"][name]["recall"]) for name in (CROSS_ENTROPY, LOGIT_ADJUSTMENT)}
+    best = max(recalls, key=lambda name: float(recalls[name].mean()))
+    for (name, recall), colour, offset in zip(recalls.items(), (PLAIN, OURS), (-0.09, 0.09), strict=True):  # (seeds, C)
         position = [k + offset for k in classes]
         accuracy.plot(position, recall.mean(0), "o", color=colour, markersize=8, label=name)
         accuracy.vlines(position, recall.amin(0), recall.amax(0), color=colour, linewidth=2, alpha=0.55)
         mean = float(recall.mean())
         accuracy.plot([len(classes) - 0.3, len(classes) + 0.3], [mean, mean], color=colour, linewidth=2.5)
-        accuracy.text(len(classes) + 0.4, mean, f"{mean:.3f}", color=colour, va="center")
+        accuracy.text(len(classes) + 0.4, mean, f"{mean:.3f}", color=colour, va="bottom" if name == best else "top")
     accuracy.set_ylabel("accuracy of the class (recall)")
     accuracy.set_ylim(-0.02, 1.03)
     accuracy.grid(axis="y", color=FAINT)
@@ -153,7 +154,8 @@ def time_and_memory(result: dict, path: Path) -> Path:
     figure, panels = plt.subplots(1, 1 + memory_measured, figsize=(11, 3.3), sharey=True, squeeze=False)
 
     labels = [
-        f"{row['loss_ms_best']:.0f} ms = {row['loss_ms_best'] / copy_ms:.1f} copies\nmedian {row['loss_ms_median']:.0f} ms"
+        f"{row['loss_ms_best']:.0f} ms = {row['loss_ms_best'] / copy_ms:.1f} copies\n"
+        f"median {row['loss_ms_median']:.0f} ms"
         for row in rows
     ]
     floor_name = f"floor: one copy of the logits, {copy_ms:.0f} ms"

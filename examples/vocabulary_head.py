@@ -73,7 +73,7 @@ class MemoryPeak:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.available = device.type == "cuda" or self._reset_resident_peak()
+        self.available = device.type == "cuda" or (device.type == "cpu" and self._reset_resident_peak())
 
     @staticmethod
     def _reset_resident_peak() -> bool:
@@ -196,8 +196,8 @@ def run(num_rows: int, steps: int, device: torch.device) -> dict:
     print(f"Logits: {num_rows} x {num_tokens} float32 on {device}.")
 
     def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
         return time.perf_counter()
 
     torch.manual_seed(0)

@@ -26,7 +26,7 @@ using std::int64_t;
 // Keeps a loop out of line, so that it is compiled once however often it is called; what it calls is inlined into it. Where
 // rows are one block the call would cost as much as the loop, which is then inlined too.
 template <bool Inline, class Body>
-__attribute__((noinline)) auto outline(const Body& body) requires(!Inline) {
+__attribute__((noinline)) auto outline(Body body) requires(!Inline) {
   return body();
 }
 template <bool Inline, class Body>
@@ -298,7 +298,7 @@ class Rows {
   }
 
   IMBALANCE_INLINE T copy_block(const S* x, int64_t n, int64_t excluded, T* z) const {
-    return outline<OneBlock>([&]() IMBALANCE_LAMBDA {
+    return outline<OneBlock>([=, this]() IMBALANCE_LAMBDA {
       Highest highest;
       for_packs<L>(n, [&](auto whole, int64_t i, int64_t m, int a) IMBALANCE_LAMBDA {
         const L effective = without(load_pack<L>(whole, x + i, m, -std::numeric_limits<T>::infinity()), i, excluded);
@@ -312,7 +312,7 @@ class Rows {
   // z = scale * factor * x + bias, but -inf where x is
   template <class Source>
   IMBALANCE_INLINE T map_affine(const Source* x, int64_t start, int64_t n, int64_t excluded, T* z) const {
-    return outline<OneBlock>([&]() IMBALANCE_LAMBDA {
+    return outline<OneBlock>([=, this]() IMBALANCE_LAMBDA {
       const T infinity = std::numeric_limits<T>::infinity();
       Highest highest;
       with_constant(factor_, [&](auto has_factor) IMBALANCE_LAMBDA {
@@ -345,7 +345,7 @@ class Rows {
   };
 
   static IMBALANCE_INLINE T maximum_of_block(const T* z, int64_t n) {
-    return outline<OneBlock>([&]() IMBALANCE_LAMBDA {
+    return outline<OneBlock>([=]() IMBALANCE_LAMBDA {
       Highest highest;
       for_packs<L>(pad_to_packs(n), [&](auto, int64_t i, int64_t, int a) IMBALANCE_LAMBDA {
         highest.of[a] = maximum(highest.of[a], L::load(z + i));
@@ -359,7 +359,7 @@ class Rows {
   // exp(z - shift) to `out`; returns their sum. z is padded; out too, unless it is `exact`. Meanwhile the logits of the next
   // block are fetched: this loop computes and waits for nothing, the next one does nothing but wait for memory.
   static IMBALANCE_INLINE T exponentiate(const T* z, T shift, int64_t n, T* out, bool exact, const S* next) {
-    return outline<OneBlock>([&]() IMBALANCE_LAMBDA {
+    return outline<OneBlock>([=]() IMBALANCE_LAMBDA {
       Sum sum;
       for_packs<L>(exact ? n : pad_to_packs(n), [&](auto whole, int64_t i, int64_t m, int a) IMBALANCE_LAMBDA {
         __builtin_prefetch(next + i);
@@ -373,7 +373,7 @@ class Rows {
 
   // The bend of raw logits before scale: the soft cap, or Circle loss's map of the rest; -inf where x is.
   IMBALANCE_INLINE void bend_block(const S* x, int64_t n, T* bent) const {
-    outline<OneBlock>([&]() IMBALANCE_LAMBDA {
+    outline<OneBlock>([=, this]() IMBALANCE_LAMBDA {
       const L infinity = M::infinity(), margin(target_map_.parameters[0]), softcap(target_map_.softcap);
       with_constant(target_map_.kind == MarginKind::circle, [&](auto circle) IMBALANCE_LAMBDA {
         for_packs<L>(n, [&](auto whole, int64_t i, int64_t m, int) IMBALANCE_LAMBDA {
@@ -393,7 +393,7 @@ class Rows {
 
   // The slope of the bend times the class's factor.
   IMBALANCE_INLINE void slope_block(const S* x, int64_t start, int64_t n, T* slopes) const {
-    outline<OneBlock>([&]() IMBALANCE_LAMBDA {
+    outline<OneBlock>([=, this]() IMBALANCE_LAMBDA {
       const L margin(target_map_.parameters[0]), softcap(target_map_.softcap);
       const T moving = target_map_.parameters[1] != 0 ? T(0) : T(1);  // Circle loss's factor is differentiated too
       with_constant(target_map_.kind == MarginKind::circle, [&](auto circle) IMBALANCE_LAMBDA {
@@ -435,7 +435,7 @@ class Rows {
 
   // u of a block, padded with 0: class weights over unmasked classes, or smoothed weighted class probabilities.
   IMBALANCE_INLINE void weigh_block(int64_t row, int64_t start, int64_t n, T* weights) const {
-    outline<OneBlock>([&]() IMBALANCE_LAMBDA {
+    outline<OneBlock>([=, this]() IMBALANCE_LAMBDA {
       const T smoothing = static_cast<T>(arguments.label_smoothing);
       const L kept(1 - smoothing), uniform(smoothing / static_cast<T>(classes));
       for_packs<L>(n, [&](auto whole, int64_t i, int64_t m, int) IMBALANCE_LAMBDA {
@@ -470,7 +470,7 @@ class Rows {
 
   // Adds sum u (z - shift), where a weight of 0 takes no part, and sum u.
   static IMBALANCE_INLINE void add_weighted(const T* z, const T* weights, T shift, int64_t n, SweptRow<T>* swept) {
-    outline<OneBlock>([&]() IMBALANCE_LAMBDA {
+    outline<OneBlock>([=]() IMBALANCE_LAMBDA {
       Sum weighted_logits, weight_sum;
       for_packs<L>(pad_to_packs(n), [&](auto, int64_t i, int64_t, int a) IMBALANCE_LAMBDA {
         const L u = L::load(weights + i);
@@ -491,7 +491,7 @@ class Rows {
       slope_block(logits(row) + start, start, n, scratch.slopes);
       slopes = scratch.slopes;
     }
-    outline<OneBlock>([&]() IMBALANCE_LAMBDA {
+    outline<OneBlock>([=, this]() IMBALANCE_LAMBDA {
       const L rest(gradient.rest * scale_), weight(gradient.weights * scale_);
       with_constant(has_weights(), [&](auto weighted) IMBALANCE_LAMBDA {
         with_constant(slopes, [&](auto sloped) IMBALANCE_LAMBDA {
