@@ -1,7 +1,9 @@
-// The only file that knows torch: checks, allocation, threads, the registration of the operations, and build information.
+// The only file that knows torch: checks, allocation, threads, the registration of the operations, and build
+// information.
 //
-// The Python side (imbalance_kernels/ops) checks arguments with messages for users; what is checked here keeps memory safe
-// when an operation is called directly. Targets are checked here for both: reading them is part of the kernel's work.
+// The Python side (imbalance_kernels/ops) checks arguments with messages for users; what is checked here keeps memory
+// safe when an operation is called directly. Targets are checked here for both: reading them is part of the kernel's
+// work.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -33,26 +35,35 @@ constexpr int64_t kGrain = 16384;  // logits that are worth a thread
 
 cpu::Dtype dtype_of(const Tensor& logits) {
   switch (logits.scalar_type()) {
-    case at::kFloat: return cpu::Dtype::float32;
-    case at::kDouble: return cpu::Dtype::float64;
-    case at::kBFloat16: return cpu::Dtype::bfloat16;
-    case at::kHalf: return cpu::Dtype::float16;
-    default: TORCH_CHECK_TYPE(false, "input has dtype ", logits.scalar_type(), ", which the kernels do not take");
+    case at::kFloat:
+      return cpu::Dtype::float32;
+    case at::kDouble:
+      return cpu::Dtype::float64;
+    case at::kBFloat16:
+      return cpu::Dtype::bfloat16;
+    case at::kHalf:
+      return cpu::Dtype::float16;
+    default:
+      TORCH_CHECK_TYPE(false, "input has dtype ", logits.scalar_type(), ", which the kernels do not take");
   }
 }
 
-at::ScalarType accumulate_type(const Tensor& logits) { return logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+at::ScalarType accumulate_type(const Tensor& logits) {
+  return logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
 
 // The arguments that split a row, as the schema has them.
-#define SPLIT_SCHEMA                                                                                             \
-  "Tensor target, float scale, Tensor? factor, Tensor? bias, float? softcap, str margin_kind, "                  \
+#define SPLIT_SCHEMA                                                                            \
+  "Tensor target, float scale, Tensor? factor, Tensor? bias, float? softcap, str margin_kind, " \
   "float[] margin_parameters, Tensor? class_margin, Tensor? class_weight, float label_smoothing, int ignore_index"
-#define SPLIT_PARAMETERS                                                                                         \
-  const Tensor &target, double scale, const OptionalTensor &factor, const OptionalTensor &bias,                  \
-      std::optional<double> softcap, std::string_view margin_kind, at::ArrayRef<double> margin_parameters,       \
-      const OptionalTensor &class_margin, const OptionalTensor &class_weight, double label_smoothing, int64_t ignore_index
-#define SPLIT_NAMES                                                                                              \
-  target, scale, factor, bias, softcap, margin_kind, margin_parameters, class_margin, class_weight, label_smoothing, ignore_index
+#define SPLIT_PARAMETERS                                                                                   \
+  const Tensor &target, double scale, const OptionalTensor &factor, const OptionalTensor &bias,            \
+      std::optional<double> softcap, std::string_view margin_kind, at::ArrayRef<double> margin_parameters, \
+      const OptionalTensor &class_margin, const OptionalTensor &class_weight, double label_smoothing,      \
+      int64_t ignore_index
+#define SPLIT_NAMES                                                                                                  \
+  target, scale, factor, bias, softcap, margin_kind, margin_parameters, class_margin, class_weight, label_smoothing, \
+      ignore_index
 
 // What the kernels get, and the tensors that own its memory.
 class Split {
@@ -60,7 +71,8 @@ class Split {
   cpu::SplitArguments arguments{};
 
   Split(const Tensor& logits, SPLIT_PARAMETERS) : logits_(logits) {
-    TORCH_CHECK_VALUE(logits.dim() == 2 && (logits.size(1) <= 1 || logits.stride(1) == 1), "logits must be (N, C) rows");
+    TORCH_CHECK_VALUE(logits.dim() == 2 && (logits.size(1) <= 1 || logits.stride(1) == 1),
+                      "logits must be (N, C) rows");
     arguments.dtype = dtype_of(logits);
     arguments.classes = logits.size(1);
     arguments.logits = logits.const_data_ptr();
@@ -124,9 +136,8 @@ class Split {
     const Tensor scratch = at::empty({at::get_num_threads() * bytes}, at::kByte);
     uint8_t* const memory = scratch.mutable_data_ptr<uint8_t>();
     const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, arguments.classes));
-    at::parallel_for(0, rows(), grain, [&](int64_t first, int64_t last) {
-      body(first, last, memory + at::get_thread_num() * bytes);
-    });
+    at::parallel_for(0, rows(), grain,
+                     [&](int64_t first, int64_t last) { body(first, last, memory + at::get_thread_num() * bytes); });
   }
 
  private:
@@ -172,11 +183,11 @@ Tensor empty_gradient(const Tensor& logits) {
 
 // ---------------------------------------------------------------- softmax_loss
 
-#define LOSS_SCHEMA                                                                                               \
+#define LOSS_SCHEMA                                                                                                   \
   "str objective, float[] objective_parameters, Tensor? class_parameter, Tensor? sample_weight, Tensor? normalizer, " \
   "bool mean, float z_loss"
-#define LOSS_PARAMETERS                                                                                           \
-  std::string_view objective, at::ArrayRef<double> objective_parameters, const OptionalTensor &class_parameter,   \
+#define LOSS_PARAMETERS                                                                                         \
+  std::string_view objective, at::ArrayRef<double> objective_parameters, const OptionalTensor &class_parameter, \
       const OptionalTensor &sample_weight, const OptionalTensor &normalizer, bool mean, double z_loss
 #define LOSS_NAMES objective, objective_parameters, class_parameter, sample_weight, normalizer, mean, z_loss
 
@@ -208,7 +219,8 @@ double divisor_of(const cpu::LossArguments& loss, int64_t rows) {
   });
 }
 
-// The reduced loss (); the gradient of the logits, for an upstream gradient of one, goes to d_logits where that is defined.
+// The reduced loss (); the gradient of the logits, for an upstream gradient of one, goes to d_logits where that is
+// defined.
 template <class T>
 Tensor loss_and_gradient(const Tensor& logits, const Tensor& d_logits, SPLIT_PARAMETERS, LOSS_PARAMETERS) {
   Split split(logits, SPLIT_NAMES);
@@ -247,7 +259,8 @@ Tensor dispatch_loss(const Tensor& logits, const Tensor& d_logits, SPLIT_PARAMET
   return loss_and_gradient<float>(logits, d_logits, SPLIT_NAMES, LOSS_NAMES);
 }
 
-std::tuple<Tensor, Tensor> softmax_loss_cpu(const Tensor& logits, SPLIT_PARAMETERS, LOSS_PARAMETERS, bool with_gradient) {
+std::tuple<Tensor, Tensor> softmax_loss_cpu(const Tensor& logits, SPLIT_PARAMETERS, LOSS_PARAMETERS,
+                                            bool with_gradient) {
   const Tensor d_logits = with_gradient ? empty_gradient(logits) : Tensor();
   const Tensor loss = dispatch_loss(logits, d_logits, SPLIT_NAMES, LOSS_NAMES);
   return {loss, with_gradient ? d_logits : at::empty({0}, logits.options())};
@@ -282,7 +295,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> target_and_rest_cpu(const Ten
 }
 
 #define SPLIT_BACKWARD_SCHEMA "Tensor rest, Tensor shift, Tensor d_target, Tensor d_rest, Tensor d_weighted_logits"
-#define SPLIT_BACKWARD_PARAMETERS                                                                                  \
+#define SPLIT_BACKWARD_PARAMETERS \
   const Tensor &rest, const Tensor &shift, const Tensor &d_target, const Tensor &d_rest, const Tensor &d_weighted_logits
 #define SPLIT_BACKWARD_NAMES rest, shift, d_target, d_rest, d_weighted_logits
 
@@ -336,7 +349,8 @@ std::vector<std::string> objective_names() { return {std::begin(kObjectiveNames)
 }  // namespace imbalance
 
 TORCH_LIBRARY(imbalance_kernels, m) {
-  m.def("softmax_loss(Tensor logits, " SPLIT_SCHEMA ", " LOSS_SCHEMA ", bool with_gradient) -> (Tensor loss, Tensor d_logits)");
+  m.def("softmax_loss(Tensor logits, " SPLIT_SCHEMA ", " LOSS_SCHEMA
+        ", bool with_gradient) -> (Tensor loss, Tensor d_logits)");
   m.def("softmax_loss_(Tensor(a!) logits, " SPLIT_SCHEMA ", " LOSS_SCHEMA ") -> Tensor loss");
   m.def("scale_(Tensor(a!) gradient, Tensor factor) -> ()");
   m.def("target_and_rest(Tensor logits, " SPLIT_SCHEMA

@@ -1,5 +1,6 @@
-// What the formulas in objectives.h and softmax_row.h need of a number type. A number type is float, double or a SIMD lane
-// pack; Math<Number> says how it compares, selects and exponentiates. Nothing here knows torch, a vector width or a device.
+// What the formulas in objectives.h and softmax_row.h need of a number type. A number type is float, double or a SIMD
+// lane pack; Math<Number> says how it compares, selects and exponentiates. Nothing here knows torch, a vector width or
+// a device.
 #pragma once
 
 #include <cmath>

@@ -1,7 +1,8 @@
 // Every objective once: its value G and slope A = dG/dd in the log-odds d of the truth.
 //
-// Mirrors imbalance_kernels/objectives.py, the specification, by name. Notation: p = sigmoid(d), n = 1 - p = sigmoid(-d),
-// l = log p. No objective divides by n, so confident rows give no NaN. Plain C++ on any number type (math.h).
+// Mirrors imbalance_kernels/objectives.py, the specification, by name. Notation: p = sigmoid(d), n = 1 - p =
+// sigmoid(-d), l = log p. No objective divides by n, so confident rows give no NaN. Plain C++ on any number type
+// (math.h).
 #pragma once
 
 #include "math.h"
@@ -22,8 +23,8 @@ enum class ObjectiveKind : int {
 
 // The registry's names, in the order of ObjectiveKind.
 inline constexpr const char* kObjectiveNames[] = {
-    "cross_entropy", "focal", "hard_truncation", "soft_truncation", "poly", "poly_focal", "gce", "smooth_accuracy",
-    "token_scaled",
+    "cross_entropy", "focal", "hard_truncation", "soft_truncation", "poly",
+    "poly_focal",    "gce",   "smooth_accuracy", "token_scaled",
 };
 
 template <class Number>
@@ -127,17 +128,27 @@ IMBALANCE_INLINE ValueAndSlope<Number> token_scaled(const Truth<Number>& t) {
 
 // The objective's value and slope; `first` may differ from row to row (per-class gamma), `second` does not.
 template <class Number>
-IMBALANCE_INLINE ValueAndSlope<Number> evaluate(ObjectiveKind kind, const Truth<Number>& truth, Number first, Number second) {
+IMBALANCE_INLINE ValueAndSlope<Number> evaluate(ObjectiveKind kind, const Truth<Number>& truth, Number first,
+                                                Number second) {
   switch (kind) {
-    case ObjectiveKind::cross_entropy: return cross_entropy(truth);
-    case ObjectiveKind::focal: return focal(truth, first);
-    case ObjectiveKind::hard_truncation: return hard_truncation(truth, first);
-    case ObjectiveKind::soft_truncation: return soft_truncation(truth, first);
-    case ObjectiveKind::poly: return poly(truth, first);
-    case ObjectiveKind::poly_focal: return poly_focal(truth, first, second);
-    case ObjectiveKind::gce: return gce(truth, first);
-    case ObjectiveKind::smooth_accuracy: return smooth_accuracy(truth);
-    case ObjectiveKind::token_scaled: return token_scaled(truth);
+    case ObjectiveKind::cross_entropy:
+      return cross_entropy(truth);
+    case ObjectiveKind::focal:
+      return focal(truth, first);
+    case ObjectiveKind::hard_truncation:
+      return hard_truncation(truth, first);
+    case ObjectiveKind::soft_truncation:
+      return soft_truncation(truth, first);
+    case ObjectiveKind::poly:
+      return poly(truth, first);
+    case ObjectiveKind::poly_focal:
+      return poly_focal(truth, first, second);
+    case ObjectiveKind::gce:
+      return gce(truth, first);
+    case ObjectiveKind::smooth_accuracy:
+      return smooth_accuracy(truth);
+    case ObjectiveKind::token_scaled:
+      return token_scaled(truth);
   }
   return cross_entropy(truth);
 }

@@ -1,7 +1,7 @@
 // The row program: from a row's split into target and rest to its loss and the coefficients of its gradient.
 //
-// Mirrors imbalance_kernels/softmax_row.py. With q the softmax over the rest and u the class weights of smoothing (or the
-// weighted class probabilities), the gradient of the row in its effective logits z is
+// Mirrors imbalance_kernels/softmax_row.py. With q the softmax over the rest and u the class weights of smoothing (or
+// the weighted class probabilities), the gradient of the row in its effective logits z is
 //     dz_t = target - weights * u_t            dz_j = rest * q_j - weights * u_j        (j != t)
 #pragma once
 
@@ -18,7 +18,7 @@ struct RowSplit {
   Number weight_sum;       // sum_j u_j
   Number class_weight;     // w_t
   Number sample_weight;
-  Number parameter;        // the objective's first parameter for this row
+  Number parameter;  // the objective's first parameter for this row
 };
 
 template <class Scalar>
@@ -35,7 +35,7 @@ struct RowOptions {
 template <class Number>
 struct RowResult {
   Number loss;
-  Number target;   // coefficients of the gradient, see above
+  Number target;  // coefficients of the gradient, see above
   Number rest;
   Number weights;
 };

@@ -1,11 +1,11 @@
 """imbalance-kernels: losses for imbalanced and large-vocabulary classification, value and gradient in one trip.
 
-    import imbalance_kernels as ik
-    loss = ik.LogitAdjustedLoss(class_counts)      # in place of torch.nn.CrossEntropyLoss()
+import imbalance_kernels as ik
+loss = ik.LogitAdjustedLoss(class_counts)      # in place of torch.nn.CrossEntropyLoss()
 """
 
-from imbalance_kernels import implementation as _implementation  # loads the extension, which registers the operations
 from imbalance_kernels import functional, objectives, priors
+from imbalance_kernels import implementation as _implementation  # loads the extension, which registers the operations
 from imbalance_kernels.implementation import show_config
 from imbalance_kernels.logit_map import AngularMargin
 from imbalance_kernels.modules import (

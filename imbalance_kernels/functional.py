@@ -1,6 +1,7 @@
 """Every loss as a function, and the primitives that they are made of.
 
-Each twin of a module takes the module's own arguments and the keyword arguments of `softmax_loss`, which computes them all.
+Each twin of a module takes the module's own arguments and the keyword arguments of `softmax_loss`, which computes
+them all.
 """
 
 from __future__ import annotations
@@ -9,10 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
 from imbalance_kernels import objectives
-from imbalance_kernels.keywords import CALL_KEYWORDS, LossKeywords, legacy_reduction, options_of, reject_alpha
+from imbalance_kernels.keywords import CALL_KEYWORDS, legacy_reduction, options_of, reject_alpha
 from imbalance_kernels.logit_map import AngularMargin, CircleMargin, LogitMap, Margin
 from imbalance_kernels.objectives import Objective
 from imbalance_kernels.ops import softmax_loss as softmax_loss_op
@@ -73,15 +73,15 @@ def softmax_loss(
     ``loss = weight_t * objective(z_t - log sum_{j != t} exp(z_j))``, plus label smoothing and z-loss.
 
     Args:
-        input: raw logits (N, C), (C,), (N, C, d1, ...) or, with ``class_dim=-1``, (..., C); float32, float64, bfloat16 or
-            float16. A logit of -inf masks its class.
+        input: raw logits (N, C), (C,), (N, C, d1, ...) or, with ``class_dim=-1``, (..., C); float32, float64,
+            bfloat16 or float16. A logit of -inf masks its class.
         target: class indices int64 or int32, of input's shape without its class dimension; for cross-entropy also class
             probabilities of input's shape.
         objective: one of imbalance_kernels.objectives; cross-entropy by default.
         weight: class weights (C,).
         ignore_index: a target that does not count; its rows give exactly 0.
-        reduction: "none", "sum" or "mean"; the mean divides by the sum of sample_weight * weight_t over valid rows (with class
-            probabilities: of sample_weight, or N).
+        reduction: "none", "sum" or "mean"; the mean divides by the sum of sample_weight * weight_t over valid rows
+            (with class probabilities: of sample_weight, or N).
         label_smoothing: eps in [0, 1]: (1 - eps) times the loss + (eps / C) sum_j weight_j (log-sum-exp - z_j), over
             unmasked classes. For another objective than cross-entropy this is our own definition.
         prior: a `Prior`, or class probabilities (C,): adds tau * log prior.
@@ -92,8 +92,8 @@ def softmax_loss(
         z_loss: adds z_loss * log-sum-exp^2, which carries sample_weight and not the class weight.
         cosines: input holds cosines, which is checked for the targets where that waits for no device.
         class_dim: 1 as torch has it, or -1 for classes last.
-        inplace: the gradient may overwrite input's storage (in forward; float16 and "none" in backward); whoever reads it
-            later sees the gradient, and an operation that saved it for its own backward raises there.
+        inplace: the gradient may overwrite input's storage (in forward; float16 and "none" in backward); whoever
+            reads it later sees the gradient, and an operation that saved it for its own backward raises there.
         impl: "reference", "cpu" or None for the best one available.
         sample_weight: weights of rows, of target's shape.
         normalizer: a number or tensor () that replaces the divisor of "mean" and "sum"; 0 gives 0.
@@ -147,9 +147,9 @@ def cross_entropy(
     reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-    **keywords: Unpack[LossKeywords],
+    **keywords: Any,
 ) -> Tensor:
-    """``loss = -log p_t``: torch.nn.functional.cross_entropy with its positional order, and every shared keyword argument.
+    """``loss = -log p_t``: torch.nn.functional.cross_entropy in its positional order, with all shared keywords.
 
     Example:
         >>> loss = cross_entropy(torch.randn(4, 3), torch.tensor([0, 2, 1, -100]), label_smoothing=0.1)
@@ -168,7 +168,7 @@ def logit_adjusted_loss(
     *,
     zero_count: str | None = None,
     prior: Prior | Tensor | None = None,
-    **keywords: Unpack[LossKeywords],
+    **keywords: Any,
 ) -> Tensor:
     """``loss = -log softmax(x + tau log prior)_t``. kexue.fm 7615; Menon et al. 2021.
 
@@ -190,9 +190,7 @@ def logit_adjusted_loss(
     return softmax_loss(input, target, prior=chosen_prior(class_counts, tau, zero_count, prior), **keywords)
 
 
-def balanced_softmax_loss(
-    input: Tensor, target: Tensor, class_counts: Tensor | Any, **keywords: Unpack[LossKeywords]
-) -> Tensor:
+def balanced_softmax_loss(input: Tensor, target: Tensor, class_counts: Tensor | Any, **keywords: Any) -> Tensor:
     """``loss = -log softmax(x + log n)_t``: logit adjustment with tau = 1. Ren et al. 2020.
 
     Example:
@@ -201,9 +199,7 @@ def balanced_softmax_loss(
     return softmax_loss(input, target, prior=Prior(class_counts), **keywords)
 
 
-def focal_loss(
-    input: Tensor, target: Tensor, gamma: float | Tensor = 2.0, **keywords: Unpack[LossKeywords]
-) -> Tensor:
+def focal_loss(input: Tensor, target: Tensor, gamma: float | Tensor = 2.0, **keywords: Any) -> Tensor:
     """``loss = -(1 - p_t)^gamma log p_t``. Lin et al. 2017; kexue.fm 4733.
 
     Args:
@@ -219,9 +215,7 @@ def focal_loss(
     return softmax_loss(input, target, objectives.Focal(gamma), **keywords)
 
 
-def hard_truncation_loss(
-    input: Tensor, target: Tensor, threshold: float = 0.5, **keywords: Unpack[LossKeywords]
-) -> Tensor:
+def hard_truncation_loss(input: Tensor, target: Tensor, threshold: float = 0.5, **keywords: Any) -> Tensor:
     """``loss = -log p_t`` where ``p_t < threshold``, half of it at equality, else 0. kexue.fm 4733.
 
     Example:
@@ -235,7 +229,7 @@ def soft_truncation_loss(
     target: Tensor,
     sharpness: float = 1.0,
     form: str = "softmax_neg",
-    **keywords: Unpack[LossKeywords],
+    **keywords: Any,
 ) -> Tensor:
     """``loss = -r_t log p_t``, ``r = softmax(-K z)`` ("softmax_neg"). kexue.fm 4733.
 
@@ -257,11 +251,11 @@ def soft_truncation_loss(
         return softmax_loss(input, target, objective, **keywords)
     if form not in FORMS:
         raise ValueError(f"form is {form!r}, but it must be one of {(*FORMS, 'log_odds')}")
-    call = {name: keywords.pop(name) for name in CALL_KEYWORDS if name in keywords}  # type: ignore[misc]
-    return two_temperature_loss(input, target, options_of(objective, **keywords), form, **call)  # type: ignore[misc]
+    call = {name: keywords.pop(name) for name in CALL_KEYWORDS if name in keywords}
+    return two_temperature_loss(input, target, options_of(objective, **keywords), form, **call)
 
 
-def poly_loss(input: Tensor, target: Tensor, epsilon: float = 1.0, **keywords: Unpack[LossKeywords]) -> Tensor:
+def poly_loss(input: Tensor, target: Tensor, epsilon: float = 1.0, **keywords: Any) -> Tensor:
     """``loss = -log p_t + epsilon (1 - p_t)``. Leng et al. 2022.
 
     Example:
@@ -270,7 +264,7 @@ def poly_loss(input: Tensor, target: Tensor, epsilon: float = 1.0, **keywords: U
     return softmax_loss(input, target, objectives.Poly(epsilon), **keywords)
 
 
-def generalized_cross_entropy(input: Tensor, target: Tensor, q: float = 0.7, **keywords: Unpack[LossKeywords]) -> Tensor:
+def generalized_cross_entropy(input: Tensor, target: Tensor, q: float = 0.7, **keywords: Any) -> Tensor:
     """``loss = (1 - p_t^q) / q``, robust to noisy labels. Zhang and Sabuncu 2018.
 
     Example:
@@ -279,7 +273,7 @@ def generalized_cross_entropy(input: Tensor, target: Tensor, q: float = 0.7, **k
     return softmax_loss(input, target, objectives.GeneralizedCrossEntropy(q), **keywords)
 
 
-def smooth_accuracy_loss(input: Tensor, target: Tensor, **keywords: Unpack[LossKeywords]) -> Tensor:
+def smooth_accuracy_loss(input: Tensor, target: Tensor, **keywords: Any) -> Tensor:
     """``loss = 1 - p_t``: the error rate with the probability in place of the argmax. kexue.fm 7708.
 
     Example:
@@ -294,7 +288,7 @@ def ldam_loss(
     class_counts: Tensor | Any,
     max_margin: float = 0.5,
     scale: float = 30.0,
-    **keywords: Unpack[LossKeywords],
+    **keywords: Any,
 ) -> Tensor:
     """``loss = -log softmax(scale (x - m_t [j = t]))_t``, ``m_j = max_margin (n_min / n_j)^(1/4)``. Cao et al. 2019.
 
@@ -317,7 +311,7 @@ def cosface_loss(
     target: Tensor,
     margin: float | Tensor = 0.35,
     scale: float = 64.0,
-    **keywords: Unpack[LossKeywords],
+    **keywords: Any,
 ) -> Tensor:
     """``loss = -log softmax(scale (x - margin [j = t]))_t`` on cosines x. Wang et al. 2018 (CosFace, AM-softmax).
 
@@ -333,7 +327,7 @@ def arcface_loss(
     margin: float = 0.5,
     scale: float = 64.0,
     straight_through: bool = False,
-    **keywords: Unpack[LossKeywords],
+    **keywords: Any,
 ) -> Tensor:
     """``loss = -log softmax(scale cos(theta_j + margin [j = t]))_t`` on cosines. Deng et al. 2019 (ArcFace).
 
@@ -358,7 +352,7 @@ def circle_loss(
     margin: float = 0.25,
     scale: float = 256.0,
     detach: bool = True,
-    **keywords: Unpack[LossKeywords],
+    **keywords: Any,
 ) -> Tensor:
     """Circle loss at class level: cross-entropy of cosines s that pull and push in their own measure. Sun et al. 2020.
 
@@ -386,7 +380,7 @@ def vs_loss(
     tau: float = 1.0,
     *,
     zero_count: str | None = None,
-    **keywords: Unpack[LossKeywords],
+    **keywords: Any,
 ) -> Tensor:
     """``loss = -log softmax((n_j / n_max)^gamma x_j + tau log prior_j)_t``; tau = 0 is CDT. Kini et al. 2021.
 
@@ -398,7 +392,7 @@ def vs_loss(
 
 
 class TargetAndRest(NamedTuple):
-    """A row's split; target and rest are relative to shift, which differentiation holds constant. All of target's shape."""
+    """A row's split, each of target's shape; target and rest are relative to shift, a constant of differentiation."""
 
     target: Tensor
     rest: Tensor

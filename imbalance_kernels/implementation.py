@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import platform
 from importlib import metadata
 from typing import Any
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor
 
 try:
-    from imbalance_kernels import _C
+    _C: Any = importlib.import_module("imbalance_kernels._C")
 except ModuleNotFoundError:  # the pure wheel, or a source tree that was not built
-    _C = None  # type: ignore[assignment]
+    _C = None
 
 __all__ = ["IMPLEMENTATIONS", "choose", "extension", "show_config", "version"]
 
@@ -69,8 +70,10 @@ def show_config() -> None:
         print("  cpu        not built (pure wheel): pip install --no-build-isolation . with a C++ compiler builds it")
     else:
         info = _C.build_info()
-        print(f"  cpu        built with {info['compiler']} against torch {info['torch']}; threads: {torch.get_num_threads()}")
-        print(f"             instruction sets in the binary: {', '.join(_C.instruction_sets())}; used: {info['instruction_set']}")
+        print(
+            f"  cpu        built with {info['compiler']} against torch {info['torch']}, {torch.get_num_threads()} threads"
+        )
+        print(f"             instruction set {info['instruction_set']} of {', '.join(_C.instruction_sets())}")
     print("  cuda       not part of this version")
     print("  triton     not part of this version")
     print("  reference  always there: plain PyTorch on any device")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,31 +13,7 @@ from imbalance_kernels.objectives import CrossEntropy, Objective
 from imbalance_kernels.options import SoftmaxOptions
 from imbalance_kernels.priors import Prior
 
-__all__ = ["CALL_KEYWORDS", "LossKeywords", "ModuleKeywords", "legacy_reduction", "options_of", "reject_alpha"]
-
-
-class ModuleKeywords(TypedDict, total=False):
-    """Shared keyword arguments of a module; functional.softmax_loss says what they mean."""
-
-    weight: Tensor | None
-    ignore_index: int
-    reduction: str
-    label_smoothing: float
-    prior: Prior | Tensor | None
-    margin: Margin | None
-    scale: float
-    softcap: float | None
-    z_loss: float
-    class_dim: int
-    inplace: bool
-    impl: str | None
-
-
-class LossKeywords(ModuleKeywords, total=False):
-    """Shared keyword arguments of a function: a module's, and those of its forward."""
-
-    sample_weight: Tensor | None
-    normalizer: Tensor | float | None
+__all__ = ["CALL_KEYWORDS", "legacy_reduction", "options_of", "reject_alpha"]
 
 
 # What goes to the call; the rest describes the loss (options_of).

@@ -4,8 +4,8 @@
     z_t = scale * factor_t * psi(cap(x_t)) + bias_t       the target alone: a margin or an angle
 
 ``cap(x) = k tanh(x / k)`` is the soft cap. Logit adjustment is a bias, VS loss a factor and a bias, LDAM and CosFace a
-margin and a scale, ArcFace an angle. A raw logit of -inf is a mask, tested before anything else; a bias of -inf excludes
-its class in the same way. Class vectors are constants: they carry no gradient.
+margin and a scale, ArcFace an angle. A raw logit of -inf is a mask, tested before anything else; a bias of -inf
+excludes its class in the same way. Class vectors are constants: they carry no gradient.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import Tensor
 
 __all__ = ["AngularMargin", "CircleMargin", "LogitMap", "Margin"]
 
-# Where |x| reaches 1 the slope of an angular margin is infinite: sin(theta) is kept above this (as in csrc/logit_map.h).
+# Where |x| reaches 1 the slope of an angular margin is infinite: sin(theta) is kept above this (as in
+# csrc/logit_map.h).
 SINE_FLOOR = 1e-3
 
 
@@ -139,7 +140,7 @@ class _Declared(torch.autograd.Function):
         return value(x)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx, d_value):  # type: ignore[no-untyped-def]
         (x,) = ctx.saved_tensors
         return d_value * ctx.slope(x), None, None  # value, slope

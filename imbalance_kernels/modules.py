@@ -1,7 +1,8 @@
 """Every loss as a torch.nn.Module, drop-in for torch.nn.CrossEntropyLoss; functional.py has the formulas' details.
 
-The only state is `weight` (as in torch). A prior, margins and factors are constants of the constructor: they are kept in
-float64 and as non-persistent float32 buffers, which are made again from the float64 ones after .half(), .to() or to_empty().
+The only state is `weight` (as in torch). A prior, margins and factors are constants of the constructor: they are kept
+in float64 and as non-persistent float32 buffers, which are made again from the float64 ones after .half(), .to() or
+to_empty().
 """
 
 from __future__ import annotations
@@ -12,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
 from imbalance_kernels import objectives
-from imbalance_kernels.keywords import ModuleKeywords, legacy_reduction, options_of, reject_alpha
+from imbalance_kernels.keywords import legacy_reduction, options_of, reject_alpha
 from imbalance_kernels.logit_map import AngularMargin, CircleMargin, Margin
 from imbalance_kernels.objectives import Objective
 from imbalance_kernels.ops.softmax_loss import softmax_loss
@@ -50,7 +50,8 @@ class SoftmaxLoss(torch.nn.Module):
     Args:
         objective: one of imbalance_kernels.objectives; cross-entropy by default.
         weight: class weights (C,); in the state dict, and may be reassigned at any time.
-        ignore_index, reduction, label_smoothing, prior, margin, scale, factor, softcap, z_loss, cosines, class_dim, inplace,
+        ignore_index, reduction, label_smoothing, prior, margin, scale, factor, softcap, z_loss, cosines, class_dim,
+        inplace,
             impl: see imbalance_kernels.functional.softmax_loss.
 
     Raises:
@@ -63,6 +64,10 @@ class SoftmaxLoss(torch.nn.Module):
     """
 
     weight: Tensor | None
+    _bias: Tensor | None
+    _factor: Tensor | None
+    _margin: Tensor | None
+    _class_parameter: Tensor | None
 
     def __init__(
         self,
@@ -192,7 +197,8 @@ class CrossEntropyLoss(SoftmaxLoss):
     """``loss = -log p_t``: drop-in for torch.nn.CrossEntropyLoss, with its positional order.
 
     Args:
-        weight, size_average, ignore_index, reduce, reduction, label_smoothing: as in torch (two of them deprecated there).
+        weight, size_average, ignore_index, reduce, reduction, label_smoothing: as in torch (two of them deprecated
+            there).
         keywords: the other shared keyword arguments of `SoftmaxLoss`.
 
     Example:
@@ -208,7 +214,7 @@ class CrossEntropyLoss(SoftmaxLoss):
         reduce: bool | None = None,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
-        **keywords: Unpack[ModuleKeywords],
+        **keywords: Any,
     ) -> None:
         super().__init__(
             objectives.CrossEntropy(),
@@ -245,7 +251,7 @@ class LogitAdjustedLoss(SoftmaxLoss):
         *,
         zero_count: str | None = None,
         prior: Prior | Tensor | None = None,
-        **keywords: Unpack[ModuleKeywords],
+        **keywords: Any,
     ) -> None:
         super().__init__(prior=chosen_prior(class_counts, tau, zero_count, prior), **keywords)
 
@@ -261,7 +267,7 @@ class BalancedSoftmaxLoss(SoftmaxLoss):
         >>> loss = BalancedSoftmaxLoss([90, 9, 1])
     """
 
-    def __init__(self, class_counts: Tensor | Any, **keywords: Unpack[ModuleKeywords]) -> None:
+    def __init__(self, class_counts: Tensor | Any, **keywords: Any) -> None:
         super().__init__(prior=Prior(class_counts), **keywords)
 
 
@@ -276,7 +282,7 @@ class FocalLoss(SoftmaxLoss):
         >>> loss = FocalLoss(gamma=2.0, prior=Prior([90, 9, 1]))
     """
 
-    def __init__(self, gamma: float | Tensor = 2.0, **keywords: Unpack[ModuleKeywords]) -> None:
+    def __init__(self, gamma: float | Tensor = 2.0, **keywords: Any) -> None:
         reject_alpha(keywords)
         super().__init__(objectives.Focal(gamma), **keywords)
 
@@ -292,7 +298,7 @@ class HardTruncationLoss(SoftmaxLoss):
         >>> loss = HardTruncationLoss(threshold=0.7)
     """
 
-    def __init__(self, threshold: float = 0.5, **keywords: Unpack[ModuleKeywords]) -> None:
+    def __init__(self, threshold: float = 0.5, **keywords: Any) -> None:
         super().__init__(objectives.HardTruncation(threshold), **keywords)
 
 
@@ -301,15 +307,16 @@ class SoftTruncationLoss(SoftmaxLoss):
 
     Args:
         sharpness: K, above 0.
-        form: "softmax_neg" (the formula above), "one_minus_softmax" (``1 - softmax(K z)_t`` in place of r_t) or "log_odds"
-            (``sigmoid(-K log-odds)``, one trip over the logits). The first two read the logits twice, and not in place.
+        form: "softmax_neg" (the formula above), "one_minus_softmax" (``1 - softmax(K z)_t`` in place of r_t) or
+            "log_odds" (``sigmoid(-K log-odds)``, one trip over the logits). The first two read the logits twice, and
+            not in place.
         keywords: the shared keyword arguments of `SoftmaxLoss`.
 
     Example:
         >>> loss = SoftTruncationLoss(sharpness=2.0, form="log_odds")
     """
 
-    def __init__(self, sharpness: float = 1.0, form: str = "softmax_neg", **keywords: Unpack[ModuleKeywords]) -> None:
+    def __init__(self, sharpness: float = 1.0, form: str = "softmax_neg", **keywords: Any) -> None:
         if form not in (*FORMS, "log_odds"):
             raise ValueError(f"form is {form!r}, but it must be one of {(*FORMS, 'log_odds')}")
         super().__init__(objectives.SoftTruncation(sharpness), **keywords)
@@ -349,7 +356,7 @@ class PolyLoss(SoftmaxLoss):
         >>> loss = PolyLoss(epsilon=2.0)
     """
 
-    def __init__(self, epsilon: float = 1.0, **keywords: Unpack[ModuleKeywords]) -> None:
+    def __init__(self, epsilon: float = 1.0, **keywords: Any) -> None:
         super().__init__(objectives.Poly(epsilon), **keywords)
 
 
@@ -364,7 +371,7 @@ class GeneralizedCrossEntropyLoss(SoftmaxLoss):
         >>> loss = GeneralizedCrossEntropyLoss(q=0.5)
     """
 
-    def __init__(self, q: float = 0.7, **keywords: Unpack[ModuleKeywords]) -> None:
+    def __init__(self, q: float = 0.7, **keywords: Any) -> None:
         super().__init__(objectives.GeneralizedCrossEntropy(q), **keywords)
 
 
@@ -375,7 +382,7 @@ class SmoothAccuracyLoss(SoftmaxLoss):
         >>> loss = SmoothAccuracyLoss()
     """
 
-    def __init__(self, **keywords: Unpack[ModuleKeywords]) -> None:
+    def __init__(self, **keywords: Any) -> None:
         super().__init__(objectives.SmoothAccuracy(), **keywords)
 
 
@@ -397,7 +404,7 @@ class LDAMLoss(SoftmaxLoss):
         class_counts: Tensor | Any,
         max_margin: float = 0.5,
         scale: float = 30.0,
-        **keywords: Unpack[ModuleKeywords],
+        **keywords: Any,
     ) -> None:
         super().__init__(margin=ldam_margins(class_counts, max_margin), scale=scale, **keywords)
 
@@ -414,9 +421,7 @@ class CosFaceLoss(SoftmaxLoss):
         >>> loss = CosFaceLoss(margin=0.35, scale=64.0)
     """
 
-    def __init__(
-        self, margin: float | Tensor = 0.35, scale: float = 64.0, **keywords: Unpack[ModuleKeywords]
-    ) -> None:
+    def __init__(self, margin: float | Tensor = 0.35, scale: float = 64.0, **keywords: Any) -> None:
         super().__init__(margin=margin, scale=scale, cosines=True, **keywords)
 
 
@@ -441,7 +446,7 @@ class ArcFaceLoss(SoftmaxLoss):
         margin: float = 0.5,
         scale: float = 64.0,
         straight_through: bool = False,
-        **keywords: Unpack[ModuleKeywords],
+        **keywords: Any,
     ) -> None:
         super().__init__(margin=AngularMargin(m2=margin, straight_through=straight_through), scale=scale, **keywords)
 
@@ -461,9 +466,7 @@ class CircleLoss(SoftmaxLoss):
         >>> loss = CircleLoss(margin=0.25, scale=256.0)
     """
 
-    def __init__(
-        self, margin: float = 0.25, scale: float = 256.0, detach: bool = True, **keywords: Unpack[ModuleKeywords]
-    ) -> None:
+    def __init__(self, margin: float = 0.25, scale: float = 256.0, detach: bool = True, **keywords: Any) -> None:
         super().__init__(margin=CircleMargin(margin, detach), scale=scale, **keywords)
 
 
@@ -488,7 +491,7 @@ class VSLoss(SoftmaxLoss):
         tau: float = 1.0,
         *,
         zero_count: str | None = None,
-        **keywords: Unpack[ModuleKeywords],
+        **keywords: Any,
     ) -> None:
         prior = Prior(class_counts, tau, zero_count)
         super().__init__(prior=prior, factor=vs_factors(prior, gamma), **keywords)

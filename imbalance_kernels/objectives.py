@@ -1,8 +1,8 @@
 """The registry of objectives: every hard-target loss as a value and a slope in the log-odds of the truth.
 
 With ``d = log(p / (1 - p))`` the log-odds that a row gives to its true class, a loss is a function ``G(d)`` and its
-gradient is the slope ``A(d) = dG/dd``, spread over the row: ``A`` on the target, ``-A * q_j`` on the other classes, where
-``q`` is the softmax over the rest. A sigmoid loss is the same function of ``d = (2 y - 1) x``. This file is the
+gradient is the slope ``A(d) = dG/dd``, spread over the row: ``A`` on the target, ``-A * q_j`` on the other classes,
+where ``q`` is the softmax over the rest. A sigmoid loss is the same function of ``d = (2 y - 1) x``. This file is the
 specification; csrc/objectives.h mirrors it by name, and every kernel, test and benchmark iterates `REGISTRY`.
 
 The notation of the formulas: ``p = sigmoid(d)``, ``n = 1 - p = sigmoid(-d)``, ``l = log p``.
@@ -37,8 +37,8 @@ __all__ = [
 class Objective:
     """A loss as a function of the log-odds of the truth.
 
-    Subclasses are frozen dataclasses whose fields are the loss's parameters. The first parameter may be a tensor (C,) with
-    one entry per target class where the class says so.
+    Subclasses are frozen dataclasses whose fields are the loss's parameters. The first parameter may be a tensor (C,)
+    with one entry per target class where the class says so.
     """
 
     name: ClassVar[str] = ""
@@ -76,7 +76,7 @@ class Objective:
 
 
 class _Evaluate(torch.autograd.Function):
-    """An objective's value whose derivative is its registered slope: exact where the literal formula's autograd is not."""
+    """An objective's value, differentiated by its slope: exact where the literal formula's autograd is not."""
 
     @staticmethod
     def forward(ctx: Any, log_odds: Tensor, objective: Objective) -> Tensor:
@@ -85,7 +85,7 @@ class _Evaluate(torch.autograd.Function):
         return objective.value(log_odds)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_value: Tensor) -> tuple[Tensor, None]:
         (log_odds,) = ctx.saved_tensors
         return d_value * ctx.objective.slope(log_odds), None  # objective

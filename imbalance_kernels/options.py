@@ -1,4 +1,4 @@
-"""The options of a softmax-family loss as one frozen object: what travels from a module through autograd to a kernel."""
+"""The options of a softmax-family loss as one frozen object that travels from a module to a kernel."""
 
 from __future__ import annotations
 

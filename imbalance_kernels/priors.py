@@ -62,8 +62,8 @@ class Prior:
         zeros = int((counts == 0).sum())
         if zeros and zero_count is None:
             raise ValueError(
-                f"class_counts has {zeros} zero(s), whose log prior is -inf: choose zero_count='laplace' (add one to every "
-                "count), 'floor' (zero counts as one) or 'exclude' (the class is never predicted)"
+                f"class_counts has {zeros} zero(s), whose log prior is -inf: choose zero_count='laplace' (add one to "
+                "every count), 'floor' (zero counts as one) or 'exclude' (the class is never predicted)"
             )
         if zero_count == "laplace":
             counts = counts + 1
@@ -80,9 +80,13 @@ class Prior:
         """
         values = _checked_counts(probabilities, "probabilities")
         if not bool((values > 0).all()):
-            raise ValueError("probabilities must be above 0: for classes that never occur give Prior counts and zero_count")
+            raise ValueError(
+                "probabilities must be above 0: for classes that never occur give Prior counts and zero_count"
+            )
         if abs(float(values.sum()) - 1) > 0.01:
-            raise ValueError(f"probabilities sum to {float(values.sum()):.6g}, but they must sum to 1: are they counts?")
+            raise ValueError(
+                f"probabilities sum to {float(values.sum()):.6g}, but they must sum to 1: are they counts?"
+            )
         prior = cls.__new__(cls)
         prior._set(values, tau)
         return prior
@@ -120,7 +124,9 @@ def chosen_prior(
     if prior is None:
         return Prior(class_counts, tau, zero_count)
     if zero_count is not None:
-        raise ValueError("zero_count is given with prior, but it belongs to counts: Prior(class_counts, zero_count=...)")
+        raise ValueError(
+            "zero_count is given with prior, but it belongs to counts: Prior(class_counts, zero_count=...)"
+        )
     if isinstance(prior, Prior):
         if tau != 1.0:
             raise ValueError("tau is given with a Prior, which has its own: Prior(class_counts, tau=...)")
@@ -142,7 +148,9 @@ def ldam_margins(class_counts: Tensor | Any, max_margin: float = 0.5) -> Tensor:
     """
     counts = _checked_counts(class_counts)
     if bool((counts == 0).any()):
-        raise ValueError("class_counts has a zero, whose LDAM margin n^(-1/4) is infinite: leave the class out or count it once")
+        raise ValueError(
+            "class_counts has a zero, whose LDAM margin n^(-1/4) is infinite: leave the class out or count it once"
+        )
     if not (math.isfinite(max_margin) and max_margin > 0):
         raise ValueError(f"max_margin is {max_margin!r}, but it must be above 0 and finite")
     return max_margin * (counts.min() / counts) ** 0.25

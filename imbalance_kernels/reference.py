@@ -25,21 +25,21 @@ def target_and_rest(
     """Split each row of effective logits into its target and the log-sum-exp of the rest.
 
     A row whose target is ignored is split as if it had one class with logit 0 (target 0, rest -inf), so that its log
-    probability is 0 and its gradient exactly 0; a row whose target is no class gives NaN. With class probabilities there
-    is no target: it is -inf, and the rest is the whole row.
+    probability is 0 and its gradient exactly 0; a row whose target is no class gives NaN. With class probabilities
+    there is no target: it is -inf, and the rest is the whole row.
     """
     if target.is_floating_point():
         return _whole_row(logits, target, options)
     x = logits.to(accumulate_dtype(logits.dtype))
     targets = RowTargets.of(target, x.shape[1], options.ignore_index)
     outside = ~targets.valid & ~targets.ignored
-    index = targets.index[:, None]  # (N, 1)
+    index = targets.indices[:, None]  # (N, 1)
     masked = options.logit_map.masked(x)  # (N, C)
     x = x * torch.where(outside, math.nan, 1.0).to(x.dtype)[:, None]
     x = _without(x, masked | targets.ignored[:, None])
 
     z = options.logit_map.every_class(x)  # (N, C)
-    target_logit = options.logit_map.target(x.gather(1, index).squeeze(1), targets.index)  # (N,)
+    target_logit = options.logit_map.target(x.gather(1, index).squeeze(1), targets.indices)  # (N,)
     rest, shift = _logsumexp(z, masked.scatter(1, index, True))
     split_target = torch.where(masked.gather(1, index).squeeze(1), -math.inf, target_logit - shift)
 

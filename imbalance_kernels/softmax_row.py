@@ -41,7 +41,7 @@ class RowSplit(NamedTuple):
 class RowTargets(NamedTuple):
     """What the target of each row is."""
 
-    index: Tensor  # (N,) int64 class index, 0 where there is none
+    indices: Tensor  # (N,) int64 class index, 0 where there is none
     valid: Tensor  # (N,) bool: the target is a class
     ignored: Tensor  # (N,) bool: the target is ignore_index; neither: no class, the row is NaN
 
@@ -67,9 +67,9 @@ def row_losses(
         assert split.weight_sum is not None and split.weighted_logits is not None
         loss = split.weight_sum * split.rest - split.weighted_logits
     else:
-        loss = evaluate(options.objective.at(targets.index), split.log_odds) if value is None else value
+        loss = evaluate(options.objective.at(targets.indices), split.log_odds) if value is None else value
         if options.weight is not None:
-            loss = loss * options.weight[targets.index]
+            loss = loss * options.weight[targets.indices]
         if smoothing > 0:
             assert split.weight_sum is not None and split.weighted_logits is not None
             spread = split.weight_sum * split.relative_logsumexp - split.weighted_logits
@@ -108,5 +108,5 @@ def _divisor(
     if targets is None:
         return rows.sum()
     if options.weight is not None:
-        rows = rows * options.weight[targets.index]
+        rows = rows * options.weight[targets.indices]
     return torch.where(targets.valid, rows, torch.zeros_like(rows)).sum()

@@ -1,6 +1,7 @@
 """An independent oracle: every softmax-family loss written literally in float64, its gradient left to autograd.
 
-It shares nothing with the package: probabilities instead of log-odds, one-hot masks instead of a split, `p.detach()` where a
+It shares nothing with the package: probabilities instead of log-odds, one-hot masks instead of a split, `p.detach()`
+    where a
 slope is declared. It is meant for moderate logits (p and 1 - p representable), which is where literal formulas hold.
 """
 
@@ -33,7 +34,7 @@ def effective_logits(
     softcap=None,
     margin=None,
 ) -> Tensor:
-    """z (N, C); `prior` is a tensor of probabilities, `margin` a number, a tensor (C,), or ("arc", m), ("circle", m)."""
+    """z (N, C); `prior` is a tensor of probabilities, `margin` a number, tensor (C,), ("arc", m) or ("circle", m)."""
     z = x if softcap is None else softcap * torch.tanh(x / softcap)
     if target is not None and margin is not None:
         at_target = torch.nn.functional.one_hot(target, x.shape[1]).bool()
@@ -67,7 +68,7 @@ def loss(
     normalizer=None,
     **logit_map,
 ) -> Tensor:
-    """The reduced loss in float64. Rows are computed one by one in meaning: an ignored row is left out, not multiplied by 0."""
+    """The reduced loss in float64; an ignored row is left out, not multiplied by 0."""
     x = logits.double()
     num_rows, num_classes = x.shape
     w = torch.ones(num_classes, dtype=torch.float64) if weight is None else weight.double()

@@ -22,7 +22,8 @@ SHAPES = {
     (2, 9001): "blocks and a remainder: one shift per block",
 }
 
-# Errors relative to the size of what is compared; the gradient of a half is rounded once more where upstream is not one.
+# Errors relative to the size of what is compared; the gradient of a half is rounded once more where upstream is not
+# one.
 VALUE_TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 3e-6, torch.float16: 3e-6}
 GRADIENT_TOLERANCE = {torch.float64: 1e-11, torch.float32: 5e-6, torch.bfloat16: 8.5e-3, torch.float16: 1.1e-3}
 

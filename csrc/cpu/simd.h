@@ -1,4 +1,5 @@
-// A pack of lanes as a number type: GCC and clang vector extensions, so that one source serves AVX-512, AVX2, SSE2 and NEON.
+// A pack of lanes as a number type: GCC and clang vector extensions, so that one source serves AVX-512, AVX2, SSE2 and
+// NEON.
 //
 // The arithmetic is the compiler's; exp, expm1, log and log1p are polynomials of our own, without branches and without
 // -ffast-math, so NaN and infinity behave. Measured against mpmath: relative errors below 2 units in the last place.
@@ -110,8 +111,8 @@ struct Polynomial;
 
 template <>
 struct Polynomial<float> {
-  static constexpr float lowest = -87.33654f;      // exp of less is denormal, and taken as 0
-  static constexpr float round = 12582912.0f;      // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  static constexpr float lowest = -87.33654f;  // exp of less is denormal, and taken as 0
+  static constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   static constexpr float log2_e = 1.44269504f;
   static constexpr float ln2_high = 0.693359375f;  // times an exponent exact
   static constexpr float ln2_low = -2.12194440e-4f;
@@ -120,7 +121,7 @@ struct Polynomial<float> {
   static constexpr std::int32_t sqrt_half = 0x3f3504f3;
   static constexpr int log_terms = 5, log1p_terms = 8;
   // (e^r - 1) / r on |r| <= ln(2) / 2, Chebyshev, 5.2e-9
-  static constexpr float exp[] = {1.000000011099062f, 0.50000000138668177f, 0.16666502004013433f,
+  static constexpr float exp[] = {1.000000011099062f,    0.50000000138668177f,   0.16666502004013433f,
                                   0.041666460938501305f, 0.0083695082186582236f, 0.0013934090352815371f};
 };
 

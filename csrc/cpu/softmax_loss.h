@@ -17,9 +17,9 @@ struct SplitArguments {
   std::int64_t classes;  // C
   const void* logits;    // (N, C)
   std::int64_t row_stride;
-  const std::int64_t* target;             // (N,), null for class probabilities
-  const void* probabilities;              // (N, C) contiguous
-  bool probabilities_are_logits_dtype;    // else float, or double where the logits are
+  const std::int64_t* target;           // (N,), null for class probabilities
+  const void* probabilities;            // (N, C) contiguous
+  bool probabilities_are_logits_dtype;  // else float, or double where the logits are
   std::int64_t ignore_index;
 
   double scale;
@@ -72,8 +72,10 @@ struct Kernels {
   const char* name;
   std::size_t (*scratch_bytes)(const SplitArguments&);  // 64-byte aligned, of each call
   void (*loss[4])(const LossArguments&, std::int64_t first_row, std::int64_t last_row, void* scratch);
-  void (*split[4])(const SplitArguments&, const SplitVectors&, std::int64_t first_row, std::int64_t last_row, void* scratch);
-  void (*split_backward[4])(const SplitBackwardArguments&, std::int64_t first_row, std::int64_t last_row, void* scratch);
+  void (*split[4])(const SplitArguments&, const SplitVectors&, std::int64_t first_row, std::int64_t last_row,
+                   void* scratch);
+  void (*split_backward[4])(const SplitBackwardArguments&, std::int64_t first_row, std::int64_t last_row,
+                            void* scratch);
 };
 
 const Kernels* baseline_kernels();  // what every processor of the architecture has: SSE2, NEON
@@ -82,7 +84,8 @@ const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
 #endif
 
-// The widest that this processor has, or the one that IMBALANCE_KERNELS_INSTRUCTION_SET names; null where that is not to be had.
+// The widest that this processor has, or the one that IMBALANCE_KERNELS_INSTRUCTION_SET names; null where that is not
+// to be had.
 const Kernels* kernels();
 
 // The names of those in this binary, widest last; `count` gets their number.

@@ -2,8 +2,8 @@
 
 #if defined(__x86_64__)
 
-// Before any header: an inline function of the standard library must not be compiled for AVX2 and then, as the linker's pick
-// of its copies, be called on a processor without it.
+// Before any header: an inline function of the standard library must not be compiled for AVX2 and then, as the linker's
+// pick of its copies, be called on a processor without it.
 #include <cmath>
 #include <cstdint>
 #include <cstring>

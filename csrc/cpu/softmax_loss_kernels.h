@@ -1,13 +1,14 @@
 // softmax_loss and target_and_rest on CPU.
 //
-// A row is read from memory once, in blocks that fit the L1 cache: each block is mapped to effective logits, its maximum and
-// the sum of its exponentials join the row's, and the exponentials are kept (in the gradient's own row where that is
-// possible, else in a scratch row that fits the L2 cache), so that the gradient costs one multiplication per element. Rows are
-// taken in tiles, whose row programs run side by side in the lanes of a vector. Nothing of the logits' size but the gradient
-// is ever allocated. The target is taken out of its block before the block is summed, never subtracted afterwards.
+// A row is read from memory once, in blocks that fit the L1 cache: each block is mapped to effective logits, its
+// maximum and the sum of its exponentials join the row's, and the exponentials are kept (in the gradient's own row
+// where that is possible, else in a scratch row that fits the L2 cache), so that the gradient costs one multiplication
+// per element. Rows are taken in tiles, whose row programs run side by side in the lanes of a vector. Nothing of the
+// logits' size but the gradient is ever allocated. The target is taken out of its block before the block is summed,
+// never subtracted afterwards.
 //
-// One source for AVX-512, AVX2, SSE2 and NEON: softmax_loss_<instruction set>.cpp includes it. A row's bits depend on its own
-// values, its width and the instruction set alone.
+// One source for AVX-512, AVX2, SSE2 and NEON: softmax_loss_<instruction set>.cpp includes it. A row's bits depend on
+// its own values, its width and the instruction set alone.
 #pragma once
 
 #include <type_traits>
@@ -23,14 +24,18 @@ namespace {
 
 using std::int64_t;
 
-// Keeps a loop out of line, so that it is compiled once however often it is called; what it calls is inlined into it. Where
-// rows are one block the call would cost as much as the loop, which is then inlined too.
+// Keeps a loop out of line, so that it is compiled once however often it is called; what it calls is inlined into it.
+// Where rows are one block the call would cost as much as the loop, which is then inlined too.
 template <bool Inline, class Body>
-__attribute__((noinline)) auto outline(Body body) requires(!Inline) {
+__attribute__((noinline)) auto outline(Body body)
+  requires(!Inline)
+{
   return body();
 }
 template <bool Inline, class Body>
-IMBALANCE_INLINE auto outline(const Body& body) requires(Inline) {
+IMBALANCE_INLINE auto outline(const Body& body)
+  requires(Inline)
+{
   return body();
 }
 
@@ -48,7 +53,8 @@ constexpr int64_t tile_rows(int64_t classes, std::size_t bytes_per_number) {
   return fit < 1 ? 1 : fit > kTileRows ? kTileRows : fit;
 }
 
-// Scratch memory of one call, in numbers: three blocks, the shift of every block of a tile's rows, and their exponentials.
+// Scratch memory of one call, in numbers: three blocks, the shift of every block of a tile's rows, and their
+// exponentials.
 template <class T>
 struct Scratch {
   T* effective;     // (kBlock) logits
@@ -79,8 +85,8 @@ IMBALANCE_INLINE void with_constant(bool flag, Body body) {
   }
 }
 
-// body(whole, i, m, a) for each pack of n elements: at offset i, m elements, all of a pack if whole; a in 0..3 says which of
-// four accumulators to use, so that their latencies overlap.
+// body(whole, i, m, a) for each pack of n elements: at offset i, m elements, all of a pack if whole; a in 0..3 says
+// which of four accumulators to use, so that their latencies overlap.
 template <class L, class Body>
 IMBALANCE_INLINE void for_packs(int64_t n, Body body) {
   constexpr int64_t pack = L::count;
@@ -114,10 +120,10 @@ IMBALANCE_INLINE void store_pack(std::integral_constant<bool, Whole>, S* p, int6
 // A row after its sweep. Shift and sum are over the rest.
 template <class T>
 struct SweptRow {
-  T target;         // z_t - shift
-  T target_slope;   // dz_t / dx_t
-  T shift;          // max_{j != t} z_j, 0 where there is none
-  T sum;            // sum_{j != t} exp(z_j - shift)
+  T target;        // z_t - shift
+  T target_slope;  // dz_t / dx_t
+  T shift;         // max_{j != t} z_j, 0 where there is none
+  T sum;           // sum_{j != t} exp(z_j - shift)
   T weighted_logits;
   T weight_sum;
   T target_weight;  // u_t
@@ -168,9 +174,10 @@ class Rows {
     return has_target() && class_weight_ ? class_weight_[arguments.target[row]] : T(1);
   }
 
-  // Sweeps a row. Its exponentials, each relative to its block's shift, go to `exponentials` (null: nowhere), which has room
-  // for whole packs unless it is `exact`; `shifts` gets one number per block.
-  IMBALANCE_INLINE SweptRow<T> sweep(int64_t row, T* exponentials, bool exact, T* shifts, const Scratch<T>& scratch) const {
+  // Sweeps a row. Its exponentials, each relative to its block's shift, go to `exponentials` (null: nowhere), which has
+  // room for whole packs unless it is `exact`; `shifts` gets one number per block.
+  IMBALANCE_INLINE SweptRow<T> sweep(int64_t row, T* exponentials, bool exact, T* shifts,
+                                     const Scratch<T>& scratch) const {
     const T infinity = std::numeric_limits<T>::infinity();
     const int64_t target = has_target() ? arguments.target[row] : -1;
     SweptRow<T> swept{-infinity, 0, 0, 0, 0, 0, 0};
@@ -213,8 +220,8 @@ class Rows {
     return swept;
   }
 
-  // Writes a row's gradient from its exponentials. With one shift per block, `shifts` rescales them; null: they are relative to
-  // the row's shift.
+  // Writes a row's gradient from its exponentials. With one shift per block, `shifts` rescales them; null: they are
+  // relative to the row's shift.
   IMBALANCE_INLINE void spread(int64_t row, const SweptRow<T>& swept, const RowGradient<T>& gradient,
                                const T* exponentials, const T* shifts, const Scratch<T>& scratch, S* d_logits) const {
     for (int64_t start = 0, block = 0; start < classes; start += kBlock, ++block) {
@@ -231,8 +238,8 @@ class Rows {
   }
 
   // The backward of target_and_rest: the row again, relative to the shift that the forward found.
-  IMBALANCE_INLINE void sweep_and_spread(int64_t row, T shift, const RowGradient<T>& gradient, const Scratch<T>& scratch,
-                                         S* d_logits) const {
+  IMBALANCE_INLINE void sweep_and_spread(int64_t row, T shift, const RowGradient<T>& gradient,
+                                         const Scratch<T>& scratch, S* d_logits) const {
     SweptRow<T> swept{};
     T target_logit = 0;
     if (has_target()) {
@@ -274,9 +281,10 @@ class Rows {
     swept->target_slope = multiplier * mapped.slope;
   }
 
-  // Effective logits of a block, all classes as the rest, padded with -inf to whole packs; returns their maximum. With rows of
-  // one block the excluded class (-1: none) is -inf as well, taken out in registers: a store into z that the loads of the next
-  // loop overlap would hold up the whole pipeline, row after row. With many blocks the caller stores it, once a row.
+  // Effective logits of a block, all classes as the rest, padded with -inf to whole packs; returns their maximum. With
+  // rows of one block the excluded class (-1: none) is -inf as well, taken out in registers: a store into z that the
+  // loads of the next loop overlap would hold up the whole pipeline, row after row. With many blocks the caller stores
+  // it, once a row.
   IMBALANCE_INLINE T map_block(int64_t row, int64_t start, int64_t n, int64_t excluded, T* z) const {
     const S* x = logits(row) + start;
     if (bends()) {
@@ -347,17 +355,16 @@ class Rows {
   static IMBALANCE_INLINE T maximum_of_block(const T* z, int64_t n) {
     return outline<OneBlock>([=]() IMBALANCE_LAMBDA {
       Highest highest;
-      for_packs<L>(pad_to_packs(n), [&](auto, int64_t i, int64_t, int a) IMBALANCE_LAMBDA {
-        highest.of[a] = maximum(highest.of[a], L::load(z + i));
-      });
+      for_packs<L>(pad_to_packs(n), [&](auto, int64_t i, int64_t, int a)
+                                        IMBALANCE_LAMBDA { highest.of[a] = maximum(highest.of[a], L::load(z + i)); });
       return highest.value();
     });
   }
 
   static IMBALANCE_INLINE int64_t pad_to_packs(int64_t n) { return (n + L::count - 1) / L::count * L::count; }
 
-  // exp(z - shift) to `out`; returns their sum. z is padded; out too, unless it is `exact`. Meanwhile the logits of the next
-  // block are fetched: this loop computes and waits for nothing, the next one does nothing but wait for memory.
+  // exp(z - shift) to `out`; returns their sum. z is padded; out too, unless it is `exact`. Meanwhile the logits of the
+  // next block are fetched: this loop computes and waits for nothing, the next one does nothing but wait for memory.
   static IMBALANCE_INLINE T exponentiate(const T* z, T shift, int64_t n, T* out, bool exact, const S* next) {
     return outline<OneBlock>([=]() IMBALANCE_LAMBDA {
       Sum sum;
@@ -548,7 +555,8 @@ void loss_rows_of(const LossArguments& arguments, int64_t first_row, int64_t las
   const Scratch<T> scratch(memory, rows.classes);
   const int64_t classes = rows.classes, blocks = blocks_of(classes), tile_size = tile_rows(classes, sizeof(T));
   const bool with_gradient = arguments.d_logits != nullptr;
-  // A row of many blocks leaves its exponentials in the gradient's row, unless the spread needs the logits that may be there.
+  // A row of many blocks leaves its exponentials in the gradient's row, unless the spread needs the logits that may be
+  // there.
   const bool in_gradient = std::is_same_v<S, T> && blocks > 1 && !rows.bends() && !rows.has_weights();
   const T* sample_weight = static_cast<const T*>(arguments.sample_weight);
   const T* class_parameter = static_cast<const T*>(arguments.class_parameter);
@@ -587,8 +595,8 @@ void loss_rows_of(const LossArguments& arguments, int64_t first_row, int64_t las
       tile.weight_sum[i] = swept[i].weight_sum;
       tile.class_weight[i] = rows.class_weight(row);
       tile.sample_weight[i] = sample_weight ? sample_weight[row] : T(1);
-      tile.parameter[i] =
-          class_parameter ? class_parameter[arguments.split.target[row]] : static_cast<T>(arguments.objective_parameters[0]);
+      tile.parameter[i] = class_parameter ? class_parameter[arguments.split.target[row]]
+                                          : static_cast<T>(arguments.objective_parameters[0]);
     }
 
     run_row_programs<T, Bytes>(tile, tile_end - tile_start, options);
@@ -603,8 +611,8 @@ void loss_rows_of(const LossArguments& arguments, int64_t first_row, int64_t las
         continue;
       }
       const RowGradient<T> gradient{tile.d_target[i], tile.d_rest[i], tile.d_weights[i]};
-      rows.spread(row, swept[i], gradient, exponentials_of(row), blocks > 1 ? scratch.shifts + i * blocks : nullptr, scratch,
-                  gradient_row(row));
+      rows.spread(row, swept[i], gradient, exponentials_of(row), blocks > 1 ? scratch.shifts + i * blocks : nullptr,
+                  scratch, gradient_row(row));
     }
   }
 }
@@ -619,8 +627,8 @@ void loss_rows(const LossArguments& arguments, int64_t first_row, int64_t last_r
 }
 
 template <class S, int Bytes>
-void split_rows(const SplitArguments& arguments, const SplitVectors& out, int64_t first_row,
-                                 int64_t last_row, void* memory) {
+void split_rows(const SplitArguments& arguments, const SplitVectors& out, int64_t first_row, int64_t last_row,
+                void* memory) {
   using T = typename AccumulateOf<S>::type;
   const Rows<S, Bytes, false> rows(arguments);
   const Scratch<T> scratch(memory, rows.classes);
@@ -639,8 +647,7 @@ void split_rows(const SplitArguments& arguments, const SplitVectors& out, int64_
 }
 
 template <class S, int Bytes>
-void split_backward_rows(const SplitBackwardArguments& arguments, int64_t first_row, int64_t last_row,
-                                          void* memory) {
+void split_backward_rows(const SplitBackwardArguments& arguments, int64_t first_row, int64_t last_row, void* memory) {
   using T = typename AccumulateOf<S>::type;
   const Rows<S, Bytes, false> rows(arguments.split);
   const Scratch<T> scratch(memory, rows.classes);
@@ -663,7 +670,8 @@ void split_backward_rows(const SplitBackwardArguments& arguments, int64_t first_
 
 std::size_t scratch_bytes(const SplitArguments& split) {
   const bool is_double = split.dtype == Dtype::float64;
-  const int64_t bytes = is_double ? Scratch<double>::count(split.classes) * 8 : Scratch<float>::count(split.classes) * 4;
+  const int64_t bytes =
+      is_double ? Scratch<double>::count(split.classes) * 8 : Scratch<float>::count(split.classes) * 4;
   return static_cast<std::size_t>(bytes);
 }
 

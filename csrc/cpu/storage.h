@@ -87,8 +87,8 @@ IMBALANCE_INLINE void store(Float16* p, L x) {
   using Vector = typename L::Vector;
   const Wide bits = bit_cast<Wide>(x.v);
   const Wide magnitude = bits & 0x7fffffff;
-  // A denormal half: adding 0.5 leaves its rounded mantissa in the low bits. Else 112 is taken off the exponent, rounding to
-  // nearest, ties to even.
+  // A denormal half: adding 0.5 leaves its rounded mantissa in the low bits. Else 112 is taken off the exponent,
+  // rounding to nearest, ties to even.
   const Wide denormal = bit_cast<Wide>(bit_cast<Vector>(magnitude) + 0.5f) - 0x3f000000u;
   const Wide normal = (magnitude + (((magnitude >> 13) & 1) + 0xc8000fffu)) >> 13;
   const Wide infinity = (bits & 0) + 0x7c00u;

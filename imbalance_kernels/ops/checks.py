@@ -33,13 +33,15 @@ def as_rows(input: Tensor, target: Tensor, class_dim: int) -> Rows:
     """Return input and target as rows, without a copy where the layout allows it."""
     if type(input).__name__ == "DTensor" or type(target).__name__ == "DTensor":
         raise TypeError(
-            "input is a DTensor, whose sharded form does not exist yet: pass input.to_local() where each rank holds whole "
-            "rows, or input.full_tensor()"
+            "input is a DTensor, whose sharded form does not exist yet: pass input.to_local() where each rank holds "
+            "whole rows, or input.full_tensor()"
         )
     if input.dtype not in LOGIT_DTYPES:
         raise TypeError(f"input has dtype {input.dtype}, but it must be one of {', '.join(map(str, LOGIT_DTYPES))}")
     if input.dim() == 0:
-        raise ValueError("input has no dimensions, but it must be (C,), (N, C), (N, C, d1, ...) or, with class_dim=-1, (..., C)")
+        raise ValueError(
+            "input has no dimensions, but it must be (C,), (N, C), (N, C, d1, ...) or, with class_dim=-1, (..., C)"
+        )
     if input.dim() == 1:
         class_dim = 0
     if not -input.dim() <= class_dim < input.dim():
@@ -58,7 +60,9 @@ def as_rows(input: Tensor, target: Tensor, class_dim: int) -> Rows:
         rows_of_target = target.movedim(class_dim, -1)
     else:
         if target.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"target has dtype {target.dtype}, but it must be int64 or int32 class indices, or floating point")
+            raise TypeError(
+                f"target has dtype {target.dtype}, but it must be int64 or int32 class indices, or floating point"
+            )
         if target.shape != classes_last.shape[:-1]:
             raise ValueError(_wrong_target_shape(input, target, class_dim))
         rows_of_target = target
@@ -96,8 +100,8 @@ def check_options(options: SoftmaxOptions, num_classes: int, target: Tensor) -> 
     if target.is_floating_point():
         if not isinstance(options.objective, CrossEntropy):
             raise ValueError(
-                f"target holds class probabilities, but the objective is {options.objective.name}: only cross-entropy is "
-                "defined for them; use CrossEntropyLoss (with a prior, a scale or a soft cap) or class indices"
+                f"target holds class probabilities, but the objective is {options.objective.name}: only cross-entropy "
+                "is defined for them; use CrossEntropyLoss (with a prior, a scale or a soft cap) or class indices"
             )
         if logit_map.margin is not None:
             raise ValueError("target holds class probabilities, but a margin needs class indices")
@@ -115,7 +119,9 @@ def check_row_tensors(
         if sample_weight.requires_grad:
             raise ValueError("sample_weight requires grad, but it is a constant: pass sample_weight.detach()")
         if sample_weight.shape != rows.shape:
-            raise ValueError(f"sample_weight has shape {tuple(sample_weight.shape)}, but it must be {tuple(rows.shape)}")
+            raise ValueError(
+                f"sample_weight has shape {tuple(sample_weight.shape)}, but it must be {tuple(rows.shape)}"
+            )
         if sample_weight.device != logits.device:
             raise ValueError(f"sample_weight is on {sample_weight.device}, but input is on {logits.device}")
         sample_weight = sample_weight.reshape(-1).to(dtype)
@@ -165,8 +171,8 @@ def check_cosines(rows: Rows, options: SoftmaxOptions) -> None:
     beyond = (cosines.abs() > 1 + COSINE_TOLERANCE) & counted & torch.isfinite(cosines)
     if bool(beyond.any()):
         raise ValueError(
-            f"input holds {float(cosines[beyond][0]):.4g} for a target, but this loss is defined on cosines in [-1, 1]: "
-            "normalise embeddings and class vectors before the last product"
+            f"input holds {float(cosines[beyond][0]):.4g} for a target, but this loss is defined on cosines in "
+            "[-1, 1]: normalise embeddings and class vectors before the last product"
         )
 
 
@@ -185,7 +191,10 @@ def check_class_vector(argument: str, vector: Tensor | None, num_classes: int) -
     if not vector.is_floating_point():
         raise TypeError(f"{argument} has dtype {vector.dtype}, but it must be floating point")
     if vector.shape != (num_classes,):
-        raise ValueError(f"{argument} has shape {tuple(vector.shape)}, but input has {num_classes} classes: it must be ({num_classes},)")
+        raise ValueError(
+            f"{argument} has shape {tuple(vector.shape)}, but input has {num_classes} classes: it must be "
+            f"({num_classes},)"
+        )
 
 
 def _check_number(argument: str, value: float, low: float, high: float) -> None:
@@ -197,8 +206,8 @@ def _check_number(argument: str, value: float, low: float, high: float) -> None:
 def _wrong_target_shape(input: Tensor, target: Tensor, class_dim: int) -> str:
     wants = input.movedim(class_dim, -1).shape[:-1]
     message = (
-        f"target has shape {tuple(target.shape)}, but with input {tuple(input.shape)} and class_dim={class_dim} it must be "
-        f"{tuple(wants)}"
+        f"target has shape {tuple(target.shape)}, but with input {tuple(input.shape)} and class_dim={class_dim} it "
+        f"must be {tuple(wants)}"
     )
     if target.shape == input.shape[:-1]:
         message += "; if the classes are the last dimension, as in language models, pass class_dim=-1"

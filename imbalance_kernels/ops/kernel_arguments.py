@@ -13,8 +13,11 @@ __all__ = ["objective_arguments", "split_arguments"]
 
 
 def split_arguments(options: SoftmaxOptions) -> tuple[Any, ...]:
-    """Return scale, factor, bias, softcap, margin_kind, margin_parameters, class_margin, class_weight, label_smoothing,
-    ignore_index: what splits a row into target and rest."""
+    """Return what splits a row into target and rest.
+
+    That is scale, factor, bias, softcap, margin_kind, margin_parameters, class_margin, class_weight, label_smoothing,
+    ignore_index.
+    """
     logit_map = options.logit_map
     return (
         logit_map.scale,

@@ -2,8 +2,8 @@
 
 The logits are read once and their gradient is written once, in the forward, for an upstream gradient of one; backward
 scales it where the upstream gradient is another number. Without grad the logits are only read. float16 and
-``reduction="none"`` go by `target_and_rest` instead, which needs the upstream gradient first: a mean's 1/N would underflow
-in float16 before a gradient scaler's factor arrives.
+``reduction="none"`` go by `target_and_rest` instead, which needs the upstream gradient first: a mean's 1/N would
+underflow in float16 before a gradient scaler's factor arrives.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _SoftmaxLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         (d_logits,) = ctx.saved_tensors
         if torch.compiler.is_compiling() or graph_is_kept():
@@ -57,7 +57,9 @@ class _SoftmaxLoss(torch.autograd.Function):
         return d_logits, None, None, None, None  # target, sample_weight, normalizer, options
 
 
-def _loss_arguments(options: SoftmaxOptions, sample_weight: Tensor | None, normalizer: Tensor | None) -> tuple[Any, ...]:
+def _loss_arguments(
+    options: SoftmaxOptions, sample_weight: Tensor | None, normalizer: Tensor | None
+) -> tuple[Any, ...]:
     return (
         *split_arguments(options),
         *objective_arguments(options),

@@ -35,7 +35,7 @@ class _TargetAndRest(torch.autograd.Function):
         return tuple(split)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(
         ctx: Any, d_target: Tensor, d_rest: Tensor, _shift: Tensor, d_weighted_logits: Tensor, _weight_sum: Tensor
     ) -> tuple[Tensor | None, ...]:

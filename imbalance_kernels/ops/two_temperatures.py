@@ -42,8 +42,11 @@ def two_temperature_loss(
     The public form is imbalance_kernels.functional.soft_truncation_loss.
     """
     assert isinstance(options.objective, SoftTruncation)
+    sharpness = options.objective.sharpness
     if options.inplace:
-        raise ValueError(f"inplace=True is not possible with form={form!r}, which reads the logits twice: use form='log_odds'")
+        raise ValueError(
+            f"inplace=True is not possible with form={form!r}, which reads the logits twice: use form='log_odds'"
+        )
     rows, options, impl = prepare(input, target, options, class_dim, impl)
     options = replace(options, inplace=False)
     sample_weight, normalizer = check_row_tensors(options, rows, sample_weight, normalizer)
@@ -51,7 +54,6 @@ def two_temperature_loss(
     num_classes = rows.logits.shape[1]
     targets = RowTargets.of(rows.target, num_classes, options.ignore_index)
     split = split_rows(rows.logits, rows.target, options, impl)
-    sharpness = options.objective.sharpness
     temperature = -sharpness if form == "softmax_neg" else sharpness
     sharp = split_rows(rows.logits, rows.target, _at_temperature(options, temperature), impl)
     log_odds = sharp.log_odds if form == "softmax_neg" else -sharp.log_odds
