@@ -70,9 +70,8 @@ def show_config() -> None:
         print("  cpu        not built (pure wheel): pip install --no-build-isolation . with a C++ compiler builds it")
     else:
         info = _C.build_info()
-        print(
-            f"  cpu        built with {info['compiler']} against torch {info['torch']}, {torch.get_num_threads()} threads"
-        )
+        built = f"built by {info['compiler']} against torch {info['torch']}"
+        print(f"  cpu        {built}, {torch.get_num_threads()} threads")
         print(f"             instruction set {info['instruction_set']} of {', '.join(_C.instruction_sets())}")
     print("  cuda       not part of this version")
     print("  triton     not part of this version")

@@ -39,10 +39,10 @@ IMBALANCE_INLINE auto outline(const Body& body)
   return body();
 }
 
-constexpr int64_t kAhead = 2048;
-constexpr std::int64_t kBlock = 4096;           // elements; a block of floats takes 16 KB of L1
-constexpr std::int64_t kTileRows = 64;          // at most
-constexpr std::int64_t kTileBytes = 128 << 10;  // of a tile's exponentials
+constexpr int64_t kBlock = 4096;           // elements; a block of floats takes 16 KB of L1
+constexpr int64_t kAhead = 2048;           // elements by which short rows are fetched ahead, at least
+constexpr int64_t kTileRows = 64;          // at most
+constexpr int64_t kTileBytes = 128 << 10;  // of a tile's exponentials
 
 constexpr int64_t pad(int64_t n) { return (n + 15) / 16 * 16; }  // to whole packs of the widest lanes
 
@@ -231,10 +231,7 @@ class Rows {
       if (has_weights()) weigh_block(row, start, n, scratch.weights);
       spread_block(row, start, n, exponentials + start, of_block, scratch, d_logits + start);
     }
-    if (has_target()) {
-      const T d_target = (gradient.target - gradient.weights * swept.target_weight) * swept.target_slope;
-      store_number(d_logits + arguments.target[row], d_target);
-    }
+    store_target(row, swept, gradient, d_logits);
   }
 
   // The backward of target_and_rest: the row again, relative to the shift that the forward found.
@@ -255,10 +252,7 @@ class Rows {
       exponentiate(z, shift, n, z, false, logits(row) + start + n);
       spread_block(row, start, n, z, gradient, scratch, d_logits + start);
     }
-    if (has_target()) {
-      const T d_target = (gradient.target - gradient.weights * swept.target_weight) * swept.target_slope;
-      store_number(d_logits + arguments.target[row], d_target);
-    }
+    store_target(row, swept, gradient, d_logits);
   }
 
  private:
@@ -268,6 +262,13 @@ class Rows {
   const T* class_weight_;
   const T scale_;
   const TargetMap<T> target_map_;
+
+  IMBALANCE_INLINE void store_target(int64_t row, const SweptRow<T>& swept, const RowGradient<T>& gradient,
+                                     S* d_logits) const {
+    if (!has_target()) return;
+    const T d_target = (gradient.target - gradient.weights * swept.target_weight) * swept.target_slope;
+    store_number(d_logits + arguments.target[row], d_target);
+  }
 
   // z_t and its slope. A masked target is -inf with the slope of a logit of 0.
   IMBALANCE_INLINE void map_target(int64_t row, int64_t target, T* target_logit, SweptRow<T>* swept) const {
