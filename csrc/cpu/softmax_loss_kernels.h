@@ -306,8 +306,8 @@ class Rows {
     }
   }
 
-  IMBALANCE_INLINE T copy_block(const S* x, int64_t n, int64_t excluded, T* z) const {
-    return outline<OneBlock>([=, this]() IMBALANCE_LAMBDA {
+  static IMBALANCE_INLINE T copy_block(const S* x, int64_t n, int64_t excluded, T* z) {
+    return outline<OneBlock>([=]() IMBALANCE_LAMBDA {
       Highest highest;
       for_packs<L>(n, [&](auto whole, int64_t i, int64_t m, int a) IMBALANCE_LAMBDA {
         const L effective = without(load_pack<L>(whole, x + i, m, -std::numeric_limits<T>::infinity()), i, excluded);
