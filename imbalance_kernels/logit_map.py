@@ -159,12 +159,12 @@ class LogitMap:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> LogitMap:
         """Return the map with its class vectors on `device` in `dtype`."""
-        return replace(
-            self,
-            factor=None if self.factor is None else self.factor.to(device, dtype),
-            bias=None if self.bias is None else self.bias.to(device, dtype),
-            margin=self.margin.to(device, dtype) if isinstance(self.margin, Tensor) else self.margin,
-        )
+        factor = None if self.factor is None else self.factor.to(device, dtype)
+        bias = None if self.bias is None else self.bias.to(device, dtype)
+        margin = self.margin.to(device, dtype) if isinstance(self.margin, Tensor) else self.margin
+        if factor is self.factor and bias is self.bias and margin is self.margin:
+            return self
+        return replace(self, factor=factor, bias=bias, margin=margin)
 
     def masked(self, logits: Tensor) -> Tensor:
         """Return where (N, C) a class takes no part: a raw logit or a bias of -inf."""

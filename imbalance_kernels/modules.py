@@ -136,10 +136,10 @@ class SoftmaxLoss(torch.nn.Module):
         objective, logit_map = exact.objective, exact.logit_map
         if input.dtype != torch.float64:
             objective = objective.with_class_parameter(self._class_parameter)
-            margin = logit_map.margin if self._margin is None else self._margin
-            logit_map = replace(logit_map, bias=self._bias, factor=self._factor, margin=margin)
-        return replace(
-            exact,
+            if self._bias is not None or self._factor is not None or self._margin is not None:
+                margin = logit_map.margin if self._margin is None else self._margin
+                logit_map = replace(logit_map, bias=self._bias, factor=self._factor, margin=margin)
+        return SoftmaxOptions(
             objective=objective,
             logit_map=logit_map,
             weight=self.weight,

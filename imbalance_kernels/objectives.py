@@ -72,7 +72,10 @@ class Objective:
     def to(self, device: torch.device, dtype: torch.dtype) -> Objective:
         """Return the objective with a per-class parameter on `device` in `dtype`."""
         per_class = self.class_parameter()
-        return self if per_class is None else self.with_class_parameter(per_class.to(device, dtype))
+        if per_class is None:
+            return self
+        moved = per_class.to(device, dtype)
+        return self if moved is per_class else self.with_class_parameter(moved)
 
 
 class _Evaluate(torch.autograd.Function):

@@ -33,9 +33,9 @@ class SoftmaxOptions:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> SoftmaxOptions:
         """Return the options with their class vectors on `device` in `dtype`."""
-        return replace(
-            self,
-            objective=self.objective.to(device, dtype),
-            logit_map=self.logit_map.to(device, dtype),
-            weight=None if self.weight is None else self.weight.to(device, dtype),
-        )
+        objective = self.objective.to(device, dtype)
+        logit_map = self.logit_map.to(device, dtype)
+        weight = None if self.weight is None else self.weight.to(device, dtype)
+        if objective is self.objective and logit_map is self.logit_map and weight is self.weight:
+            return self
+        return replace(self, objective=objective, logit_map=logit_map, weight=weight)

@@ -94,7 +94,9 @@ def prepare(
     if options.logit_map.cosines:
         check_cosines(rows, options)
     options = options.to(input.device, accumulate_dtype(input.dtype))
-    return rows, replace(options, inplace=options.inplace or rows.owned), chosen
+    if rows.owned and not options.inplace:
+        options = replace(options, inplace=True)  # the gradient may overwrite our own copy
+    return rows, options, chosen
 
 
 def softmax_loss(
