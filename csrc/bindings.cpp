@@ -185,11 +185,11 @@ Tensor empty_gradient(const Tensor& logits) {
 
 #define LOSS_SCHEMA                                                                                                   \
   "str objective, float[] objective_parameters, Tensor? class_parameter, Tensor? sample_weight, Tensor? normalizer, " \
-  "bool mean, float z_loss"
+  "str reduction, float z_loss"
 #define LOSS_PARAMETERS                                                                                         \
   std::string_view objective, at::ArrayRef<double> objective_parameters, const OptionalTensor &class_parameter, \
-      const OptionalTensor &sample_weight, const OptionalTensor &normalizer, bool mean, double z_loss
-#define LOSS_NAMES objective, objective_parameters, class_parameter, sample_weight, normalizer, mean, z_loss
+      const OptionalTensor &sample_weight, const OptionalTensor &normalizer, std::string_view reduction, double z_loss
+#define LOSS_NAMES objective, objective_parameters, class_parameter, sample_weight, normalizer, reduction, z_loss
 
 // The sum of value(i) for i < n in double, in an order that depends on n alone.
 template <class Value>
@@ -219,10 +219,13 @@ double divisor_of(const cpu::LossArguments& loss, int64_t rows) {
   });
 }
 
-// The reduced loss (); the gradient of the logits, for an upstream gradient of one, goes to d_logits where that is
-// defined.
+// The loss: () for "mean" and "sum", (N,) for "none". The gradient of the logits goes to d_logits where that is
+// defined, for an upstream gradient of the loss's shape, or of one where that is absent.
 template <class T>
-Tensor loss_and_gradient(const Tensor& logits, const Tensor& d_logits, SPLIT_PARAMETERS, LOSS_PARAMETERS) {
+Tensor loss_and_gradient(const Tensor& logits, const Tensor& d_logits, const OptionalTensor& upstream, SPLIT_PARAMETERS,
+                         LOSS_PARAMETERS) {
+  TORCH_CHECK_VALUE(reduction == "none" || reduction == "sum" || reduction == "mean", "reduction is '", reduction, "'");
+  const bool reduced = reduction != "none";
   Split split(logits, SPLIT_NAMES);
   cpu::LossArguments loss{};
   loss.objective = objective_of(objective);
@@ -230,16 +233,18 @@ Tensor loss_and_gradient(const Tensor& logits, const Tensor& d_logits, SPLIT_PAR
   std::copy(objective_parameters.begin(), objective_parameters.end(), loss.objective_parameters);
   loss.class_parameter = split.class_vector("class_parameter", class_parameter);
   loss.sample_weight = split.row_vector("sample_weight", sample_weight);
+  if (upstream && !reduced) loss.upstream = split.row_vector("upstream", upstream);
   loss.split = split.arguments;
   split.check_targets();
   double divisor = 1;
   if (normalizer) {
     divisor = normalizer->item<double>();
-  } else if (mean) {
+  } else if (reduction == "mean") {
     divisor = divisor_of<T>(loss, split.rows());
   }
   const bool nothing = normalizer && divisor == 0;  // a normalizer of 0 gives 0
   loss.inverse_divisor = nothing ? 0 : 1 / divisor;
+  if (upstream && reduced) loss.inverse_divisor *= upstream->item<double>();
   loss.z_loss = z_loss;
   const Tensor losses = at::empty({split.rows()}, logits.options().dtype(accumulate_type(logits)));
   loss.losses = losses.mutable_data_ptr();
@@ -249,26 +254,39 @@ Tensor loss_and_gradient(const Tensor& logits, const Tensor& d_logits, SPLIT_PAR
   }
   const auto run = cpu::kernels()->loss[static_cast<int>(loss.split.dtype)];
   split.for_rows([&](int64_t first, int64_t last, void* scratch) { run(loss, first, last, scratch); });
+  if (!reduced) return losses;
   const T* const row_losses = losses.const_data_ptr<T>();
   const double total = sum_of(split.rows(), [&](int64_t row) { return row_losses[row]; });
   return at::empty({}, losses.options()).fill_(nothing ? 0 : total / divisor);
 }
 
-Tensor dispatch_loss(const Tensor& logits, const Tensor& d_logits, SPLIT_PARAMETERS, LOSS_PARAMETERS) {
-  if (logits.scalar_type() == at::kDouble) return loss_and_gradient<double>(logits, d_logits, SPLIT_NAMES, LOSS_NAMES);
-  return loss_and_gradient<float>(logits, d_logits, SPLIT_NAMES, LOSS_NAMES);
+Tensor dispatch_loss(const Tensor& logits, const Tensor& d_logits, const OptionalTensor& upstream, SPLIT_PARAMETERS,
+                     LOSS_PARAMETERS) {
+  const auto run = logits.scalar_type() == at::kDouble ? &loss_and_gradient<double> : &loss_and_gradient<float>;
+  return run(logits, d_logits, upstream, SPLIT_NAMES, LOSS_NAMES);
 }
 
 std::tuple<Tensor, Tensor> softmax_loss_cpu(const Tensor& logits, SPLIT_PARAMETERS, LOSS_PARAMETERS,
                                             bool with_gradient) {
   const Tensor d_logits = with_gradient ? empty_gradient(logits) : Tensor();
-  const Tensor loss = dispatch_loss(logits, d_logits, SPLIT_NAMES, LOSS_NAMES);
+  const Tensor loss = dispatch_loss(logits, d_logits, std::nullopt, SPLIT_NAMES, LOSS_NAMES);
   return {loss, with_gradient ? d_logits : at::empty({0}, logits.options())};
 }
 
 // The same, with the gradient in the logits' memory.
 Tensor softmax_loss_cpu_(const Tensor& logits, SPLIT_PARAMETERS, LOSS_PARAMETERS) {
-  return dispatch_loss(logits, logits, SPLIT_NAMES, LOSS_NAMES);
+  return dispatch_loss(logits, logits, std::nullopt, SPLIT_NAMES, LOSS_NAMES);
+}
+
+// The gradient alone, once the upstream gradient is known.
+Tensor softmax_loss_backward_cpu(const Tensor& logits, SPLIT_PARAMETERS, LOSS_PARAMETERS, const Tensor& upstream) {
+  const Tensor d_logits = empty_gradient(logits);
+  dispatch_loss(logits, d_logits, upstream, SPLIT_NAMES, LOSS_NAMES);
+  return d_logits;
+}
+
+void softmax_loss_backward_cpu_(const Tensor& logits, SPLIT_PARAMETERS, LOSS_PARAMETERS, const Tensor& upstream) {
+  dispatch_loss(logits, logits, upstream, SPLIT_NAMES, LOSS_NAMES);
 }
 
 // Multiplies a gradient by an upstream gradient; returns at once where that is one.
@@ -352,6 +370,8 @@ TORCH_LIBRARY(imbalance_kernels, m) {
   m.def("softmax_loss(Tensor logits, " SPLIT_SCHEMA ", " LOSS_SCHEMA
         ", bool with_gradient) -> (Tensor loss, Tensor d_logits)");
   m.def("softmax_loss_(Tensor(a!) logits, " SPLIT_SCHEMA ", " LOSS_SCHEMA ") -> Tensor loss");
+  m.def("softmax_loss_backward(Tensor logits, " SPLIT_SCHEMA ", " LOSS_SCHEMA ", Tensor upstream) -> Tensor d_logits");
+  m.def("softmax_loss_backward_(Tensor(a!) logits, " SPLIT_SCHEMA ", " LOSS_SCHEMA ", Tensor upstream) -> ()");
   m.def("scale_(Tensor(a!) gradient, Tensor factor) -> ()");
   m.def("target_and_rest(Tensor logits, " SPLIT_SCHEMA
         ") -> (Tensor target_logit, Tensor rest, Tensor shift, Tensor weighted_logits, Tensor weight_sum)");
@@ -362,6 +382,8 @@ TORCH_LIBRARY(imbalance_kernels, m) {
 TORCH_LIBRARY_IMPL(imbalance_kernels, CPU, m) {
   m.impl("softmax_loss", &imbalance::softmax_loss_cpu);
   m.impl("softmax_loss_", &imbalance::softmax_loss_cpu_);
+  m.impl("softmax_loss_backward", &imbalance::softmax_loss_backward_cpu);
+  m.impl("softmax_loss_backward_", &imbalance::softmax_loss_backward_cpu_);
   m.impl("scale_", &imbalance::scale_cpu_);
   m.impl("target_and_rest", &imbalance::target_and_rest_cpu);
   m.impl("target_and_rest_backward", &imbalance::target_and_rest_backward_cpu);

@@ -37,7 +37,7 @@ def options_of(
     cosines: bool = False,
 ) -> SoftmaxOptions:
     """Return the options of a loss: the prior as a bias, the margin on cosines where it says so."""
-    if isinstance(margin, bool) or (isinstance(margin, int | float) and not math.isfinite(margin)):
+    if isinstance(margin, bool) or (isinstance(margin, int | float) and not -math.inf < margin < math.inf):
         raise ValueError(f"margin is {margin!r}, but it must be a finite number, a tensor (C,) or an AngularMargin")
     return SoftmaxOptions(
         objective=CrossEntropy() if objective is None else objective,

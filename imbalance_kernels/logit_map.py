@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from imbalance_kernels.differentiation import once_differentiable
+
 __all__ = ["AngularMargin", "CircleMargin", "LogitMap", "Margin"]
 
 # Where |x| reaches 1 the slope of an angular margin is infinite: sin(theta) is kept above this (as in
@@ -140,7 +142,7 @@ class _Declared(torch.autograd.Function):
         return value(x)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, d_value):  # type: ignore[no-untyped-def]
         (x,) = ctx.saved_tensors
         return d_value * ctx.slope(x), None, None  # value, slope

@@ -17,6 +17,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from imbalance_kernels.differentiation import once_differentiable
+
 __all__ = [
     "REGISTRY",
     "CrossEntropy",
@@ -88,7 +90,7 @@ class _Evaluate(torch.autograd.Function):
         return objective.value(log_odds)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, d_value: Tensor) -> tuple[Tensor, None]:
         (log_odds,) = ctx.saved_tensors
         return d_value * ctx.objective.slope(log_odds), None  # objective
@@ -136,7 +138,7 @@ def _require(condition: bool, owner: Objective, argument: str, got: object, want
 
 
 def _require_finite_number(owner: Objective, argument: str, value: object, wants: str) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
     _require(number, owner, argument, value, wants)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,8 +22,8 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 class SoftmaxOptions:
     """Everything about a softmax-family loss but its tensors per row. Class vectors are (C,)."""
 
-    objective: Objective = field(default_factory=CrossEntropy)
-    logit_map: LogitMap = field(default_factory=LogitMap)
+    objective: Objective = CrossEntropy()
+    logit_map: LogitMap = LogitMap()
     weight: Tensor | None = None  # (C,)
     label_smoothing: float = 0.0
     z_loss: float = 0.0

@@ -1,8 +1,7 @@
 """The row program in PyTorch: from the N-vectors of a row's split to its loss, and the reduction over rows.
 
-It is the mirror of csrc/softmax_row.h: the reference uses it on its own split, the kernels' second route (float16,
-``reduction="none"``, losses with two temperatures) on the N-vectors of `target_and_rest`. Autograd differentiates it;
-nothing here is larger than (N,).
+It is the mirror of csrc/softmax_row.h: the reference uses it on its own split, losses with two temperatures on the
+N-vectors of the kernels' `target_and_rest`. Autograd differentiates it; nothing here is larger than (N,).
 """
 
 from __future__ import annotations

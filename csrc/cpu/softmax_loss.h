@@ -41,6 +41,7 @@ struct LossArguments {
   const void* class_parameter;  // (C,)
   const void* sample_weight;    // (N,)
   double inverse_divisor;       // of the gradient
+  const void* upstream;         // (N,) factor of the gradient, or null
   double z_loss;
   void* losses;    // (N,) float or double, not divided
   void* d_logits;  // (N, C), may be the logits themselves; null for the losses alone

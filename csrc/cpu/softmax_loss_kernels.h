@@ -561,6 +561,7 @@ void loss_rows_of(const LossArguments& arguments, int64_t first_row, int64_t las
   const bool in_gradient = std::is_same_v<S, T> && blocks > 1 && !rows.bends() && !rows.has_weights();
   const T* sample_weight = static_cast<const T*>(arguments.sample_weight);
   const T* class_parameter = static_cast<const T*>(arguments.class_parameter);
+  const T* upstream = static_cast<const T*>(arguments.upstream);
   const RowOptions<T> options{rows.has_target(),
                               arguments.objective,
                               static_cast<T>(arguments.objective_parameters[1]),
@@ -611,7 +612,8 @@ void loss_rows_of(const LossArguments& arguments, int64_t first_row, int64_t las
         clear(gradient_row(row), classes);
         continue;
       }
-      const RowGradient<T> gradient{tile.d_target[i], tile.d_rest[i], tile.d_weights[i]};
+      const T factor = upstream ? upstream[row] : T(1);
+      const RowGradient<T> gradient{factor * tile.d_target[i], factor * tile.d_rest[i], factor * tile.d_weights[i]};
       rows.spread(row, swept[i], gradient, exponentials_of(row), blocks > 1 ? scratch.shifts + i * blocks : nullptr,
                   scratch, gradient_row(row));
     }

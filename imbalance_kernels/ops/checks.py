@@ -85,9 +85,9 @@ def check_options(options: SoftmaxOptions, num_classes: int, target: Tensor) -> 
     _check_number("label_smoothing", options.label_smoothing, 0, 1)
     _check_number("z_loss", options.z_loss, 0, math.inf)
     logit_map = options.logit_map
-    if not math.isfinite(logit_map.scale):
+    if not -math.inf < logit_map.scale < math.inf:
         raise ValueError(f"scale is {logit_map.scale!r}, but it must be finite")
-    if logit_map.softcap is not None and not (math.isfinite(logit_map.softcap) and logit_map.softcap > 0):
+    if logit_map.softcap is not None and not 0 < logit_map.softcap < math.inf:
         raise ValueError(f"softcap is {logit_map.softcap!r}, but it must be None or above 0")
     check_class_vector("weight", options.weight, num_classes)
     check_class_vector("prior", logit_map.bias, num_classes)
@@ -198,7 +198,7 @@ def check_class_vector(argument: str, vector: Tensor | None, num_classes: int) -
 
 
 def _check_number(argument: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high or math.isinf(value):
+    if not (low <= value <= high and value < math.inf):
         wants = f"at least {low} and finite" if math.isinf(high) else f"from {low} to {high}"
         raise ValueError(f"{argument} is {value!r}, but it must be {wants}")
 

@@ -1,9 +1,11 @@
 """softmax_loss: value and gradient of any softmax-family loss in one trip over the logits.
 
 The logits are read once and their gradient is written once, in the forward, for an upstream gradient of one; backward
-scales it where the upstream gradient is another number. Without grad the logits are only read. float16 and
-``reduction="none"`` go by `target_and_rest` instead, which needs the upstream gradient first: a mean's 1/N would
-underflow in float16 before a gradient scaler's factor arrives.
+scales it where the upstream gradient is another number. Without grad the logits are only read.
+
+float16 and ``reduction="none"`` need the upstream gradient first (in float16 a mean's 1/N would underflow before a
+gradient scaler's factor arrives): their forward only reads, and backward runs the same kernel for the gradient, rounded
+once.
 """
 
 from __future__ import annotations
@@ -15,17 +17,18 @@ import torch
 from torch import Tensor
 
 from imbalance_kernels import reference
+from imbalance_kernels.differentiation import graph_is_kept, once_differentiable, only_once
 from imbalance_kernels.implementation import choose
 from imbalance_kernels.ops.checks import Rows, as_rows, check_cosines, check_options, check_range, check_row_tensors
 from imbalance_kernels.ops.kernel_arguments import objective_arguments, split_arguments
-from imbalance_kernels.ops.target_and_rest import graph_is_kept, split_rows
 from imbalance_kernels.options import SoftmaxOptions, accumulate_dtype
-from imbalance_kernels.softmax_row import RowTargets, reduce_rows, row_losses
 
 __all__ = ["prepare", "softmax_loss"]
 
 
-class _SoftmaxLoss(torch.autograd.Function):
+class _LossAndGradient(torch.autograd.Function):
+    """The gradient is made in forward."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -46,7 +49,7 @@ class _SoftmaxLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         (d_logits,) = ctx.saved_tensors
         if torch.compiler.is_compiling() or graph_is_kept():
@@ -54,6 +57,37 @@ class _SoftmaxLoss(torch.autograd.Function):
         else:
             torch.ops.imbalance_kernels.scale_(d_logits, d_loss)
             d_logits = d_logits.detach()  # a tensor of its own, which .grad can take without a copy
+        return d_logits, None, None, None, None  # target, sample_weight, normalizer, options
+
+
+class _LossThenGradient(torch.autograd.Function):
+    """The gradient is made in backward, when the upstream gradient is known."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        sample_weight: Tensor | None,
+        normalizer: Tensor | None,
+        options: SoftmaxOptions,
+    ) -> Tensor:
+        ctx.save_for_backward(logits, target, sample_weight, normalizer)
+        ctx.options = options
+        arguments = _loss_arguments(options, sample_weight, normalizer)
+        return torch.ops.imbalance_kernels.softmax_loss(logits, target, *arguments, False)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        logits, target, sample_weight, normalizer = ctx.saved_tensors
+        arguments = (logits, target, *_loss_arguments(ctx.options, sample_weight, normalizer), d_loss)
+        if ctx.options.inplace and not torch.compiler.is_compiling() and not graph_is_kept():
+            torch.ops.imbalance_kernels.softmax_loss_backward_(*arguments)
+            torch.autograd.graph.increment_version(logits)
+            d_logits = logits.detach()
+        else:
+            d_logits = torch.ops.imbalance_kernels.softmax_loss_backward(*arguments)
         return d_logits, None, None, None, None  # target, sample_weight, normalizer, options
 
 
@@ -65,7 +99,7 @@ def _loss_arguments(
         *objective_arguments(options),
         sample_weight,
         normalizer,
-        options.reduction == "mean",
+        options.reduction,
         options.z_loss,
     )
 
@@ -113,34 +147,39 @@ def softmax_loss(
     rows, options, impl = prepare(input, target, options, class_dim, impl)
     sample_weight, normalizer = check_row_tensors(options, rows, sample_weight, normalizer)
     logits, target = rows.logits, rows.target
-    if impl == "reference" and options.reduction != "none":
-        return reference.softmax_loss(logits, target, options, sample_weight, normalizer)
-
     needs_grad = torch.is_grad_enabled() and logits.requires_grad
-    if options.reduction == "none" or (needs_grad and logits.dtype == torch.float16):
-        num_classes = logits.shape[1]
-        split = split_rows(logits, target, options, impl)
-        targets = None if target.is_floating_point() else RowTargets.of(target, num_classes, options.ignore_index)
-        losses = row_losses(split, targets, options, sample_weight, num_classes)
-        loss = reduce_rows(losses, targets, options, sample_weight, normalizer)
-        return loss.reshape(rows.shape) if options.reduction == "none" else loss
-    if needs_grad:
-        return _SoftmaxLoss.apply(logits, target, sample_weight, normalizer, options)
-    arguments = _loss_arguments(options, sample_weight, normalizer)
-    return torch.ops.imbalance_kernels.softmax_loss(logits, target, *arguments, False)[0]
+    if impl == "reference":
+        logits = only_once(logits) if needs_grad else logits
+        loss = reference.softmax_loss(logits, target, options, sample_weight, normalizer)
+    elif not needs_grad:
+        arguments = _loss_arguments(options, sample_weight, normalizer)
+        loss = torch.ops.imbalance_kernels.softmax_loss(logits, target, *arguments, False)[0]
+    elif options.reduction == "none" or logits.dtype == torch.float16:
+        loss = _LossThenGradient.apply(logits, target, sample_weight, normalizer, options)
+    else:
+        loss = _LossAndGradient.apply(logits, target, sample_weight, normalizer, options)
+    return loss.reshape(rows.shape) if options.reduction == "none" else loss
 
 
 if hasattr(torch.ops.imbalance_kernels, "softmax_loss"):
 
     @torch.library.register_fake("imbalance_kernels::softmax_loss")
     def _(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-        with_gradient = options[-1]
-        loss = logits.new_empty((), dtype=accumulate_dtype(logits.dtype))
+        *_, reduction, _, with_gradient = options
+        loss = logits.new_empty(logits.shape[:1] if reduction == "none" else (), dtype=accumulate_dtype(logits.dtype))
         return loss, logits.new_empty(logits.shape if with_gradient else (0,))
 
     @torch.library.register_fake("imbalance_kernels::softmax_loss_")
     def _(logits: Tensor, target: Tensor, *_: Any) -> Tensor:
         return logits.new_empty((), dtype=accumulate_dtype(logits.dtype))
+
+    @torch.library.register_fake("imbalance_kernels::softmax_loss_backward")
+    def _(logits: Tensor, *_: Any) -> Tensor:
+        return logits.new_empty(logits.shape)
+
+    @torch.library.register_fake("imbalance_kernels::softmax_loss_backward_")
+    def _(logits: Tensor, *_: Any) -> None:
+        return None
 
     @torch.library.register_fake("imbalance_kernels::scale_")
     def _(gradient: Tensor, factor: Tensor) -> None:

@@ -11,17 +11,12 @@ import torch
 from torch import Tensor
 
 from imbalance_kernels import reference
+from imbalance_kernels.differentiation import graph_is_kept, once_differentiable, only_once
 from imbalance_kernels.ops.kernel_arguments import split_arguments
 from imbalance_kernels.options import SoftmaxOptions, accumulate_dtype
 from imbalance_kernels.softmax_row import RowSplit
 
-__all__ = ["graph_is_kept", "split_rows"]
-
-
-def graph_is_kept() -> bool:
-    """Return whether the running backward may be followed by another over the same graph."""
-    asks = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return True if asks is None else bool(asks())
+__all__ = ["split_rows"]
 
 
 class _TargetAndRest(torch.autograd.Function):
@@ -35,7 +30,7 @@ class _TargetAndRest(torch.autograd.Function):
         return tuple(split)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(
         ctx: Any, d_target: Tensor, d_rest: Tensor, _shift: Tensor, d_weighted_logits: Tensor, _weight_sum: Tensor
     ) -> tuple[Tensor | None, ...]:
@@ -55,9 +50,10 @@ def split_rows(logits: Tensor, target: Tensor, options: SoftmaxOptions, impl: st
 
     The class vectors of `options` are already on the logits' device in the accumulation dtype.
     """
+    needs_grad = torch.is_grad_enabled() and logits.requires_grad
     if impl == "reference":
-        return reference.target_and_rest(logits, target, options)
-    if torch.is_grad_enabled() and logits.requires_grad:
+        return reference.target_and_rest(only_once(logits) if needs_grad else logits, target, options)
+    if needs_grad:
         split = _TargetAndRest.apply(logits, target, options)
     else:
         split = torch.ops.imbalance_kernels.target_and_rest(logits, target, *split_arguments(options))
