@@ -455,7 +455,9 @@ def target_and_rest(
     if target.is_floating_point():
         raise ValueError("target holds class probabilities, but target_and_rest needs class indices")
     options = SoftmaxOptions(
-        logit_map=LogitMap(scale=float(scale), bias=bias, softcap=softcap), ignore_index=ignore_index
+        objective=objectives.CrossEntropy(),  # not read; torch.compile cannot take it from the field's default
+        logit_map=LogitMap(scale=float(scale), bias=bias, softcap=softcap),
+        ignore_index=ignore_index,
     )
     rows, options, impl = prepare(input, target, options, class_dim, impl)
     split = split_rows(rows.logits, rows.target, options, impl)

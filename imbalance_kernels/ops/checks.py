@@ -13,7 +13,7 @@ from imbalance_kernels.logit_map import CircleMargin
 from imbalance_kernels.objectives import CrossEntropy
 from imbalance_kernels.options import SoftmaxOptions
 
-__all__ = ["Rows", "as_rows", "check_cosines", "check_options", "check_range", "check_row_tensors"]
+__all__ = ["Rows", "as_rows", "check_cosines", "check_inplace", "check_options", "check_range", "check_row_tensors"]
 
 LOGIT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "sum", "mean")
@@ -180,6 +180,28 @@ def _may_read_values(logits: Tensor) -> bool:
     if torch.compiler.is_compiling() or logits.shape[1] == 0:
         return False
     return logits.device.type == "cpu" or os.environ.get("IMBALANCE_KERNELS_CHECK") == "1"
+
+
+def check_inplace(input: Tensor, rows: Rows, class_dim: int) -> None:
+    """Check that the gradient may take the memory of the logits.
+
+    Raises:
+        ValueError: input is, or is a view of, a leaf that requires grad; it cannot be seen as rows; rows share memory.
+    """
+    root = input
+    if not torch.compiler.is_compiling() and input._is_view() and input._base is not None:
+        root = input._base
+    if torch.is_grad_enabled() and root.is_leaf and root.requires_grad:
+        raise ValueError(
+            "inplace=True would overwrite input, a leaf that requires grad (or a view of one), by its gradient"
+        )
+    if rows.owned:
+        raise ValueError(
+            f"inplace=True needs an input that can be seen as (N, C) rows without a copy, but its shape is "
+            f"{tuple(input.shape)} with strides {input.stride()} and class_dim={class_dim}"
+        )
+    if rows.logits.shape[0] > 1 and rows.logits.stride(0) < rows.logits.shape[1]:
+        raise ValueError(f"inplace=True needs rows with memory of their own, but input's strides are {input.stride()}")
 
 
 def check_class_vector(argument: str, vector: Tensor | None, num_classes: int) -> None:

@@ -19,7 +19,15 @@ from torch import Tensor
 from imbalance_kernels import reference
 from imbalance_kernels.differentiation import graph_is_kept, once_differentiable, only_once
 from imbalance_kernels.implementation import choose
-from imbalance_kernels.ops.checks import Rows, as_rows, check_cosines, check_options, check_range, check_row_tensors
+from imbalance_kernels.ops.checks import (
+    Rows,
+    as_rows,
+    check_cosines,
+    check_inplace,
+    check_options,
+    check_range,
+    check_row_tensors,
+)
 from imbalance_kernels.ops.kernel_arguments import objective_arguments, split_arguments
 from imbalance_kernels.options import SoftmaxOptions, accumulate_dtype
 
@@ -116,13 +124,7 @@ def prepare(
     check_options(options, rows.logits.shape[1], target)
     chosen = choose(impl, input)
     if options.inplace:
-        if input.is_leaf and input.requires_grad and torch.is_grad_enabled():
-            raise ValueError("inplace=True would overwrite input, a leaf that requires grad: its values would be lost")
-        if rows.owned:
-            raise ValueError(
-                f"inplace=True needs an input that can be seen as (N, C) rows without a copy, but its shape is "
-                f"{tuple(input.shape)} with strides {input.stride()} and class_dim={class_dim}"
-            )
+        check_inplace(input, rows, class_dim)
     if chosen != "cpu":
         check_range(rows, options)
     if options.logit_map.cosines:
