@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["graph_is_kept", "once_differentiable", "only_once"]
+__all__ = ["declared", "graph_is_kept", "once_differentiable", "only_once"]
 
 
 class _Refuse(torch.autograd.Function):
@@ -39,6 +39,25 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         return tuple(None if d is None else _Refuse.apply(d.detach().requires_grad_()) for d in gradients)
 
     return once
+
+
+class _Declared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Callable[[Tensor], Tensor], slope: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.slope = slope
+        return value(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_value: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        return d_value * ctx.slope(x), None, None  # value, slope
+
+
+def declared(x: Tensor, value: Callable[[Tensor], Tensor], slope: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return ``value(x)``, whose derivative is declared to be ``slope(x)``, element by element."""
+    return _Declared.apply(x, value, slope)
 
 
 class _OnlyOnce(torch.autograd.Function):

@@ -16,6 +16,7 @@ from imbalance_kernels.keywords import CALL_KEYWORDS, legacy_reduction, options_
 from imbalance_kernels.logit_map import AngularMargin, CircleMargin, LogitMap, Margin
 from imbalance_kernels.objectives import Objective
 from imbalance_kernels.ops import softmax_loss as softmax_loss_op
+from imbalance_kernels.ops.checks import check_class_vector
 from imbalance_kernels.ops.softmax_loss import prepare
 from imbalance_kernels.ops.target_and_rest import split_rows
 from imbalance_kernels.ops.two_temperatures import FORMS, two_temperature_loss
@@ -454,6 +455,8 @@ def target_and_rest(
     """
     if target.is_floating_point():
         raise ValueError("target holds class probabilities, but target_and_rest needs class indices")
+    if input.dim() > 0:
+        check_class_vector("bias", bias, input.shape[class_dim if input.dim() > 1 else 0])
     options = SoftmaxOptions(
         objective=objectives.CrossEntropy(),  # not read; torch.compile cannot take it from the field's default
         logit_map=LogitMap(scale=float(scale), bias=bias, softcap=softcap),

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from imbalance_kernels.differentiation import once_differentiable
+from imbalance_kernels.differentiation import declared
 
 __all__ = ["AngularMargin", "CircleMargin", "LogitMap", "Margin"]
 
@@ -132,22 +132,6 @@ class CircleMargin:
 Margin = float | Tensor | AngularMargin | CircleMargin
 
 
-class _Declared(torch.autograd.Function):
-    """A function whose derivative is declared: ``value(x)`` forward, ``slope(x)`` backward."""
-
-    @staticmethod
-    def forward(ctx, x, value, slope):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x)
-        ctx.slope = slope
-        return value(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_value):  # type: ignore[no-untyped-def]
-        (x,) = ctx.saved_tensors
-        return d_value * ctx.slope(x), None, None  # value, slope
-
-
 @dataclass(frozen=True, eq=False)
 class LogitMap:
     """The constants of the map; class vectors are tensors (C,), None is absent."""
@@ -177,14 +161,14 @@ class LogitMap:
         """Return z (N, C) of logits (N, C) without -inf, all classes treated as the rest."""
         z = logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
         if isinstance(self.margin, CircleMargin):
-            z = _Declared.apply(z, self.margin.rest_value, self.margin.rest_slope)
+            z = declared(z, self.margin.rest_value, self.margin.rest_slope)
         return self._affine(z, self.factor, self.bias)
 
     def target(self, logits: Tensor, target: Tensor) -> Tensor:
         """Return z_t (N,) of the targets' raw logits (N,) without -inf; target (N,) are the class indices."""
         z = logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
         if isinstance(self.margin, AngularMargin | CircleMargin):
-            z = _Declared.apply(z, self.margin.value, self.margin.slope)
+            z = declared(z, self.margin.value, self.margin.slope)
         elif self.margin is not None:
             z = z - (self.margin[target] if isinstance(self.margin, Tensor) else self.margin)
         factor = None if self.factor is None else self.factor[target]

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from imbalance_kernels.differentiation import once_differentiable
+from imbalance_kernels.differentiation import declared
 
 __all__ = [
     "REGISTRY",
@@ -80,22 +80,6 @@ class Objective:
         return self if moved is per_class else self.with_class_parameter(moved)
 
 
-class _Evaluate(torch.autograd.Function):
-    """An objective's value, differentiated by its slope: exact where the literal formula's autograd is not."""
-
-    @staticmethod
-    def forward(ctx: Any, log_odds: Tensor, objective: Objective) -> Tensor:
-        ctx.save_for_backward(log_odds)
-        ctx.objective = objective
-        return objective.value(log_odds)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_value: Tensor) -> tuple[Tensor, None]:
-        (log_odds,) = ctx.saved_tensors
-        return d_value * ctx.objective.slope(log_odds), None  # objective
-
-
 def evaluate(objective: Objective, log_odds: Tensor) -> Tensor:
     """Return ``objective.value(log_odds)``, differentiable through ``objective.slope``.
 
@@ -109,7 +93,7 @@ def evaluate(objective: Objective, log_odds: Tensor) -> Tensor:
         >>> bool(torch.equal(d.grad, Focal(gamma=2.0).slope(d)))
         True
     """
-    return _Evaluate.apply(log_odds, objective)
+    return declared(log_odds, objective.value, objective.slope)
 
 
 def _log_p(d: Tensor) -> Tensor:

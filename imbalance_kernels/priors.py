@@ -21,6 +21,8 @@ def _checked_counts(class_counts: Tensor | Sequence[float] | Any, argument: str 
         ValueError: not one-dimensional, empty, negative, not finite, or all zero.
     """
     if isinstance(class_counts, Tensor):
+        if class_counts.requires_grad:
+            raise ValueError(f"{argument} requires grad, but it is a constant: pass {argument}.detach()")
         counts = class_counts.detach().to(device="cpu", dtype=torch.float64)
     else:
         counts = torch.as_tensor(class_counts, dtype=torch.float64, device="cpu")
@@ -131,6 +133,8 @@ def chosen_prior(
         if tau != 1.0:
             raise ValueError("tau is given with a Prior, which has its own: Prior(class_counts, tau=...)")
         return prior
+    if not isinstance(prior, Tensor):
+        raise TypeError(f"prior is a {type(prior).__name__}, but it must be a Prior or a tensor of probabilities (C,)")
     if prior.requires_grad:
         raise ValueError("prior requires grad, but class vectors are constants: pass prior.detach()")
     return Prior.from_probabilities(prior, tau)

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from imbalance_kernels.differentiation import declared
 from imbalance_kernels.options import SoftmaxOptions, accumulate_dtype
 from imbalance_kernels.softmax_row import RowSplit, RowTargets, reduce_rows, row_losses
 
@@ -36,12 +37,13 @@ def target_and_rest(
     index = targets.indices[:, None]  # (N, 1)
     masked = options.logit_map.masked(x)  # (N, C)
     x = x * torch.where(outside, math.nan, 1.0).to(x.dtype)[:, None]
+    x_target = _without(x.gather(1, index).squeeze(1), targets.ignored)
     x = _without(x, masked | targets.ignored[:, None])
 
     z = options.logit_map.every_class(x)  # (N, C)
-    target_logit = options.logit_map.target(x.gather(1, index).squeeze(1), targets.indices)  # (N,)
+    target_logit = options.logit_map.target(_unmasked(x_target), targets.indices)  # (N,)
     rest, shift = _logsumexp(z, masked.scatter(1, index, True))
-    split_target = torch.where(masked.gather(1, index).squeeze(1), -math.inf, target_logit - shift)
+    split_target = target_logit - shift + torch.where(x_target == -math.inf, -math.inf, 0.0)
 
     weighted_logits = weight_sum = None
     if options.label_smoothing > 0:
@@ -95,6 +97,11 @@ def _whole_row(logits: Tensor, probabilities: Tensor, options: SoftmaxOptions) -
 def _without(x: Tensor, masked: Tensor) -> Tensor:
     """Return x with 0 where masked: nothing that such an entry holds (-inf, NaN) reaches the result or autograd."""
     return torch.where(masked, torch.zeros_like(x), x)
+
+
+def _unmasked(x: Tensor) -> Tensor:
+    """Return x with 0 for -inf, its gradient passed on: as in torch a masked target has the slope of a logit of 0."""
+    return declared(x, lambda x: torch.where(x == -math.inf, torch.zeros_like(x), x), torch.ones_like)
 
 
 def _logsumexp(z: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,16 @@ from imbalance_kernels.logit_map import CircleMargin
 from imbalance_kernels.objectives import CrossEntropy
 from imbalance_kernels.options import SoftmaxOptions
 
-__all__ = ["Rows", "as_rows", "check_cosines", "check_inplace", "check_options", "check_range", "check_row_tensors"]
+__all__ = [
+    "Rows",
+    "as_rows",
+    "check_class_vector",
+    "check_cosines",
+    "check_inplace",
+    "check_options",
+    "check_range",
+    "check_row_tensors",
+]
 
 LOGIT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "sum", "mean")

@@ -1,0 +1,96 @@
+"""Values first: the loss and the gradient of every candidate against the reference in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from candidates import COMPILED, EAGER, UPSTREAM_OF, Candidate, Problem
+from formulas import Loss
+from torch import Tensor
+
+ROWS_CHECKED = 64
+CHUNK = 1 << 18  # logits of a float64 chunk: its temporaries stay in cache
+
+# Ours: the largest relative error of a row's gradient, so that sure rows, whose gradients are small, count as much.
+ROW_LIMIT = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2**-8}
+# The others, which keep few digits in such rows: the relative error of all of them together, and only to see that it is
+# the same formula. bfloat16 formulas round every intermediate result.
+FORMULA_LIMIT = {torch.float64: 1e-7, torch.float32: 1e-3, torch.bfloat16: 0.25}
+LOSS_LIMIT = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-5}
+FORMULA_LOSS_LIMIT = {torch.float64: 1e-7, torch.float32: 1e-4, torch.bfloat16: 0.05}
+
+
+@dataclass
+class Truth:
+    """What a loss is, in float64."""
+
+    loss: float
+    rows: Tensor  # (R,) the rows whose gradient is held
+    gradient: Tensor  # (R, C)
+
+
+@dataclass
+class Check:
+    """How far a candidate is from the truth."""
+
+    loss: str
+    candidate: str
+    mode: str
+    loss_error: float
+    gradient_error: float | None  # of the checked rows together
+    row_error: float | None  # of the worst row
+    passed: bool
+
+
+def truth_of(problem: Problem, loss: Loss) -> Truth:
+    """The mean loss over all rows; the gradient of some rows, spread over all of them, or of all where they are few."""
+    module = loss.module(problem.classes, impl="reference", reduction="sum")
+    logits, target = problem.input(loss), problem.target
+    num_rows, num_classes = logits.shape
+    divisor = num_rows if module.weight is None else float(module.weight.double()[target].sum())
+    rows_at_once = max(1, CHUNK // num_classes)
+
+    total = 0.0
+    with torch.no_grad():
+        for first in range(0, num_rows, rows_at_once):
+            chunk = slice(first, first + rows_at_once)
+            total += float(module(logits[chunk].double(), target[chunk]))
+
+    rows = torch.linspace(0, num_rows - 1, min(num_rows, ROWS_CHECKED)).round().long()
+    gradients = []
+    for chunk in rows.split(rows_at_once):
+        x = logits[chunk].double().requires_grad_()
+        module(x, target[chunk]).backward()
+        gradients.append(x.grad)
+    return Truth(total / divisor, rows, torch.cat(gradients) / divisor)
+
+
+def check(candidate: Candidate, problem: Problem, truth: Truth) -> Check:
+    """Run the candidate once and compare."""
+    if candidate.prepare is not None:
+        candidate.prepare()
+    value = float(candidate.step().detach())
+    loss_error = abs(value - truth.loss) / abs(truth.loss)
+    gradient_error = row_error = None
+    if candidate.gradient is not None:
+        wanted = truth.gradient * UPSTREAM_OF[candidate.mode]
+        difference = candidate.gradient()[truth.rows].double() - wanted
+        gradient_error = float(difference.norm() / wanted.norm())
+        size = wanted.norm(dim=1)
+        row_errors = difference.norm(dim=1) / torch.where(size == 0, 1.0, size)  # a truncated row: exactly 0
+        row_error = float(row_errors.max())
+        del difference
+    candidate.release()
+    passed = _passes(candidate, problem.dtype, loss_error, gradient_error, row_error)
+    return Check(candidate.loss, candidate.name, candidate.mode, loss_error, gradient_error, row_error, passed)
+
+
+def _passes(
+    candidate: Candidate, dtype: torch.dtype, loss_error: float, gradient_error: float | None, row_error: float | None
+) -> bool:
+    """Negated comparisons would let a NaN pass."""
+    if candidate.name in (EAGER, COMPILED):
+        gradient_passes = gradient_error is None or gradient_error <= FORMULA_LIMIT[dtype]
+        return gradient_passes and loss_error <= FORMULA_LOSS_LIMIT[dtype]
+    return (row_error is None or row_error <= ROW_LIMIT[dtype]) and loss_error <= LOSS_LIMIT[dtype]

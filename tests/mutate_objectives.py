@@ -1,0 +1,251 @@
+"""Breaks each formula of imbalance_kernels/objectives.py and csrc/objectives.h in turn, and sees that the tests notice.
+
+Every rule below is applied to every place of every formula, one at a time, in a temporary copy of the checkout; the
+tests of the objectives run there. A mutant that they pass is a hole in the tests: it is printed, and the script fails.
+
+    python tests/mutate_objectives.py [--language python|cpp] [--only focal] [--jobs 2] [--all]
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Queue
+
+from imbalance_kernels.objectives import REGISTRY
+
+ROOT = Path(__file__).resolve().parent.parent
+COPIED = ["imbalance_kernels", "csrc", "tests", "triton_kernels", "pyproject.toml"]
+PYTHON, CPP = "imbalance_kernels/objectives.py", "csrc/objectives.h"
+TESTS = {
+    PYTHON: [
+        "tests/test_objectives.py",
+        "tests/test_numerics.py",
+        "-k",
+        "test_objectives or mpmath or gamma_per_class",
+    ],
+    CPP: ["tests/test_objectives_cpp.py"],
+}
+
+OPERATORS = [
+    ("a sign dropped", r"(?:(?<=[({] )|(?<=[({])|(?<=, )|(?<=return )|(?<=\* ))-(?=[\w(])", ""),
+    ("plus to minus", r" \+ ", " - "),
+    ("minus to plus", r" - ", " + "),
+    ("times to plus", r" \* ", " + "),
+    ("divided to times", r" / ", " * "),
+]
+RULES = {
+    PYTHON: [
+        *OPERATORS,
+        ("n to p", r"\b_n\((?=\w)", "torch.sigmoid("),
+        ("p to n", r"torch\.sigmoid\((?!-)", "torch.sigmoid(-"),
+        ("gamma + 1 to gamma", r"\bself\.gamma \+ 1\b", "self.gamma"),
+        ("half to one", r"\b0\.5\b", "1.0"),
+        ("one to two", r"(?<=\+ )1\b", "2"),
+        ("1p dropped", r"\b(?P<name>log|exp)(?:1p|m1)\(", r"\g<name>("),
+        ("guard dropped", r"torch\.where\([^,]+, [^,]+(?:\([^()]*\))?, (?P<kept>.+)\)$", r"\g<kept>"),
+        ("guard dropped", r"(?<=return ).+ if gamma == 0 else ", ""),
+        ("guard dropped", r"math\.inf if self\.threshold == 1 else ", ""),
+    ],
+    CPP: [
+        *OPERATORS,
+        ("n to p", r"\bt\.n\b", "t.p"),
+        ("p to n", r"\bt\.p\b", "t.n"),
+        ("n to p", r"\bsharp\.n\b", "sharp.p"),
+        ("p to n", r"\bsharp\.p\b", "sharp.n"),
+        ("log p to log n", r"\blog_p\b(?=[;, )}])(?<!p_log_p)", "log_n"),
+        ("gamma + 1 to gamma", r"\bgamma \+ Number\(1\)", "gamma"),
+        ("half to one", r"Number\(0\.5\)", "Number(1)"),
+        ("one to two", r"Number\(1\)", "Number(2)"),
+        ("zero to one", r"Number\(0\)", "Number(1)"),
+        ("m1 dropped", r"expm1_nonpositive", "exp_nonpositive"),
+        (
+            "guard dropped",
+            r"M::select\((?:[^,()]|\([^()]*(?:\([^()]*\)[^()]*)*\))+, [^,]+, (?P<kept>.+)\)(?=;|, )",
+            r"\g<kept>",
+        ),
+    ],
+}
+
+# Mutants that change nothing to observe, and why: (file, function, text of the line, rule).
+EQUIVALENT = {
+    (
+        CPP,
+        "n_power",
+        "Number(2)), n * n",
+        "guard dropped",
+    ): "products are exact to the last bits; powers are good enough",
+    (CPP, "n_power", "Number(1)), n, power", "guard dropped"): "the same",
+    (CPP, "evaluate", "return cross_entropy(truth);", ""): "never reached",
+}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    file: str
+    function: str
+    line: int  # from 0
+    rule: str
+    before: str
+    after: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line + 1}  {self.rule}\n      {self.before.strip()}\n      {self.after.strip()}"
+
+
+def python_functions(lines: list[str]) -> Iterator[tuple[str, int]]:
+    """(objective or helper, line) of every line of a formula: methods and helpers but their docstrings and checks."""
+    for node in ast.parse("\n".join(lines)).body:
+        if isinstance(node, ast.ClassDef) and node.name not in ("Objective", "_Evaluate"):
+            named = (x.value for x in node.body if isinstance(x, ast.AnnAssign) and ast.unparse(x.target) == "name")
+            name = ast.literal_eval(next(named))
+            functions = [
+                x for x in node.body if isinstance(x, ast.FunctionDef) and x.name in ("value", "slope", "_weight")
+            ]
+        elif isinstance(node, ast.FunctionDef) and node.name in ("_log_p", "_n", "_p_log_p", "_n_power"):
+            name, functions = node.name, [node]
+        else:
+            continue
+        for function in functions:
+            for statement in function.body:
+                if not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)):
+                    yield from ((name, line - 1) for line in range(statement.lineno, statement.end_lineno + 1))
+
+
+def cpp_functions(lines: list[str]) -> Iterator[tuple[str, int]]:
+    """The same of csrc/objectives.h: everything in the braces of a function."""
+    name = ""
+    for number, line in enumerate(lines):
+        head = re.match(r"\s*(?:explicit )?IMBALANCE_INLINE (?:[\w<>]+ )*(\w+)\(", line)
+        if head:
+            name = head.group(1)
+            if line.rstrip().endswith("}"):  # on one line
+                yield name, number
+        elif line.rstrip() in ("}", "  }", "};"):
+            name = ""
+        elif name:
+            yield name, number
+
+
+def mutants_of(file: str) -> list[Mutant]:
+    lines = (ROOT / file).read_text().split("\n")
+    functions = {PYTHON: python_functions, CPP: cpp_functions}[file]
+    found = []
+    for function, number in functions(lines):
+        line = lines[number]
+        code, comment = re.match(r"(.*?)(\s*(?:#|//).*)?$", line).groups()
+        body = code.index("{ ") + 1 if "IMBALANCE_INLINE" in code else 0  # of a function on one line
+        for rule, pattern, replacement in RULES[file]:
+            for place in re.finditer(pattern, code):
+                after = code[: place.start()] + place.expand(replacement) + code[place.end() :] + (comment or "")
+                known = any(
+                    (file, function) == key[:2] and key[2] in line and key[3] in ("", rule) for key in EQUIVALENT
+                )
+                if place.start() >= body and after != line and not known:
+                    found.append(Mutant(file, function, number, rule, line, after))
+    missing = set(REGISTRY) - {mutant.function for mutant in found}
+    if missing:
+        sys.exit(f"{file}: no formula found for {', '.join(sorted(missing))}: mend the rules of {Path(__file__).name}")
+    return found
+
+
+def run_tests(mutant: Mutant | None, checkout: Path, file: str) -> str | None:
+    """Return the first test that fails in the checkout with the mutant in place, or None."""
+    path = checkout / file
+    original = path.read_text()
+    if mutant is not None:
+        lines = original.split("\n")
+        assert lines[mutant.line] == mutant.before
+        lines[mutant.line] = mutant.after
+        path.write_text("\n".join(lines))
+    environment = os.environ | {"PYTHONPATH": str(checkout), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", *TESTS[file]]
+    try:
+        run = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=600)
+    finally:
+        path.write_text(original)
+    if run.returncode == 0:
+        return None
+    first = re.search(r"^(?:FAILED|ERROR) (\S+)", run.stdout, re.MULTILINE)
+    if first is None:
+        sys.exit(f"pytest gave no verdict ({run.returncode}):\n{run.stdout}\n{run.stderr}")
+    return first.group(1)
+
+
+def with_progress(verdicts: Iterable, total: int) -> Iterator:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        for done, verdict in enumerate(verdicts, 1):
+            print(f"\r{done} of {total} mutants", end="" if done < total else "\n", file=sys.stderr, flush=True)
+            yield verdict
+    else:
+        yield from tqdm(verdicts, total=total, unit="mutant")
+
+
+def print_table(verdicts: list[tuple[Mutant, str | None]]) -> None:
+    rows: dict[tuple[str, str], list[bool]] = {}
+    for mutant, noticed_by in verdicts:
+        rows.setdefault((mutant.file, mutant.function), []).append(noticed_by is not None)
+    print(f"\n{'file':32} {'formula':18} {'mutants':>7} {'noticed':>7}")
+    for (file, function), noticed in rows.items():
+        print(f"{file:32} {function:18} {len(noticed):7} {sum(noticed):7}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--language", choices=["python", "cpp"], help="only this language's formulas")
+    parser.add_argument("--only", metavar="NAME", help="only this objective or helper function")
+    parser.add_argument("--jobs", type=int, default=2, help="mutants at a time (2)")
+    parser.add_argument("--all", action="store_true", help="print every mutant, and the test that noticed it")
+    arguments = parser.parse_args()
+
+    files = {"python": [PYTHON], "cpp": [CPP], None: [PYTHON, CPP]}[arguments.language]
+    mutants = [m for file in files for m in mutants_of(file) if arguments.only in (None, m.function)]
+    with tempfile.TemporaryDirectory() as folder:
+        checkouts: Queue[Path] = Queue()
+        for job in range(arguments.jobs):
+            checkout = Path(folder) / str(job)
+            for name in COPIED:
+                copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+                checkout.mkdir(exist_ok=True)
+                copy(ROOT / name, checkout / name)
+            checkouts.put(checkout)
+
+        def verdict(mutant: Mutant | None, file: str) -> tuple[Mutant | None, str | None]:
+            checkout = checkouts.get()
+            try:
+                return mutant, run_tests(mutant, checkout, file)
+            finally:
+                checkouts.put(checkout)
+
+        for file in files:  # what the tests say of the formulas as they are
+            if (failed := verdict(None, file)[1]) is not None:
+                sys.exit(f"{failed} fails without any mutant: mend that first")
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            running = pool.map(lambda mutant: verdict(mutant, mutant.file), mutants)
+            verdicts = list(with_progress(running, len(mutants)))
+
+    if arguments.all:
+        for mutant, noticed_by in verdicts:
+            print(f"{mutant}\n      noticed by {noticed_by}" if noticed_by else f"{mutant}\n      SURVIVED")
+    print_table(verdicts)
+    survivors = [mutant for mutant, noticed_by in verdicts if noticed_by is None]
+    print(f"\n{len(mutants)} mutants, {len(mutants) - len(survivors)} noticed")
+    for mutant in survivors:
+        print(f"SURVIVED  {mutant}")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
