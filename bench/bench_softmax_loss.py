@@ -75,7 +75,7 @@ def other_candidates(problem: Problem, loss: Loss) -> list[Candidate]:
 
 def verified(problem: Problem, loss: Loss, candidates: list[Candidate], group: Group, run: Run) -> list[Candidate]:
     """The candidates that compute the loss. Others are not timed; a wrong value fails the run at its end."""
-    truth = truth_of(problem, loss)
+    truth = truth_of(problem, loss, whole=group.kind != OTHERS)
     right: list[Candidate] = []
     cannot_compile = False
     for candidate in candidates:

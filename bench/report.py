@@ -133,7 +133,7 @@ def closing_lines(run: Run, written: list[Path], seconds: float) -> str:
     groups = (*run.checked_only, *run.groups)
     lines = [f"\n{sum(len(group.checks) for group in groups)} values checked, {len(run.failed)} wrong"]
     for group, check in run.failed:
-        errors = f"loss {check.loss_error:.1e}, gradient {check.gradient_error}, worst row {check.row_error}"
+        errors = f"loss {check.loss_error}, gradient {check.gradient_error}, worst row {check.row_error}"
         lines.append(f"WRONG VALUE, not timed: {group.name}, {check.loss}, {check.candidate}, {check.mode}: {errors}")
     lines += run.notes
     lines.append(f"{seconds:.0f} s; written: {', '.join(map(str, written))}")

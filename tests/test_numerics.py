@@ -314,6 +314,33 @@ def test_a_confident_targets_gradient_is_the_slope_rounded_once(objective, impl,
         assert ((found.double() - exact)[~normal].abs() <= below * unit(dtype) * (1 + 1e-3)).all()
 
 
+@every_half
+@every_impl
+def test_halves_are_rounded_to_nearest_and_ties_to_even(impl, dtype):
+    """A gradient of -1/2 times any upstream gradient, denormal and infinite ones among them, as torch converts it."""
+    ties = 1 + torch.arange(1, 64, 2) * unit(dtype)
+    upstream = torch.cat(
+        [torch.randn(4000) * 2.0 ** torch.randint(-30, 17, (4000,)), *(ties * 2.0**k for k in range(-24, 16))]
+    )
+    target = torch.zeros(len(upstream), dtype=torch.long)
+    logits = torch.zeros(len(upstream), 2, dtype=dtype)
+    _, gradient = solve(logits, target, impl=impl, reduction="none", upstream=upstream)
+    assert torch.equal(gradient[:, 0], (-0.5 * upstream).to(dtype))
+    assert torch.equal(gradient[:, 1], (0.5 * upstream).to(dtype))
+
+
+@every_half
+@every_impl
+def test_every_half_is_read_as_what_it_is(impl, dtype):
+    """All 65,536 of them, against the same numbers in float32."""
+    halves = torch.arange(2**16).to(torch.int16).view(dtype)
+    logits = torch.stack([halves, torch.zeros_like(halves)], dim=1)
+    target = torch.arange(2**16) % 2
+    value, _ = solve(logits, target, SmoothAccuracy(), impl=impl, reduction="none")
+    right, _ = solve(logits.float(), target, SmoothAccuracy(), impl=impl, reduction="none")
+    torch.testing.assert_close(value, right, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("num_classes", [2, 5, 91, 4097])
 @every_dtype
 @every_impl
