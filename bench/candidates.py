@@ -19,6 +19,7 @@ IN_PLACE = "in place"
 ALL_MODES = (FORWARD, BACKWARD, UPSTREAM, IN_PLACE)
 UPSTREAM_OF = {BACKWARD: 1.0, UPSTREAM: 1 / 8, IN_PLACE: 1.0}
 
+OURS = "cpu"  # the implementation that has targets and bars
 EAGER = "eager"
 COMPILED = "torch.compile"
 COPY = "copy_"

@@ -9,15 +9,15 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from candidates import BACKWARD, CLONE, COMPILED, EAGER, FORWARD, IN_PLACE
+from candidates import BACKWARD, CLONE, COMPILED, EAGER, FORWARD, IN_PLACE, OURS
 from formulas import MAIN_LOSSES, OTHER_LOSSES, PLAIN, Loss
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from results import MAIN, OTHERS, Group, Run
 
-PEERS = "#8a8f98"
-OURS = "#c8452f"
-OURS_LIGHT = "#e69a86"
+GREY = "#8a8f98"
+RED = "#c8452f"
+LIGHT_RED = "#e69a86"
 INK = "#2b2d31"
 QUIET = "#5b6069"
 FAINT = "#e4e6ea"
@@ -26,7 +26,7 @@ STYLE = {
     "font.size": 10,
     "text.color": INK,
     "axes.labelcolor": INK,
-    "axes.edgecolor": PEERS,
+    "axes.edgecolor": GREY,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "xtick.color": INK,
@@ -36,12 +36,12 @@ STYLE = {
 
 # label, candidate, mode, colour. The reference is in the table: its bar would make all others short.
 BARS = (
-    ("eager torch", EAGER, BACKWARD, PEERS),
-    ("torch.compile", COMPILED, BACKWARD, PEERS),
+    ("eager torch", EAGER, BACKWARD, GREY),
+    ("torch.compile", COMPILED, BACKWARD, GREY),
     ("clone() alone", CLONE, "", FAINT),
-    ("ours", "cpu", BACKWARD, OURS),
-    ("ours, in place", "cpu", IN_PLACE, OURS),
-    ("ours, loss only", "cpu", FORWARD, OURS_LIGHT),
+    ("ours", OURS, BACKWARD, RED),
+    ("ours, in place", OURS, IN_PLACE, RED),
+    ("ours, loss only", OURS, FORWARD, LIGHT_RED),
 )
 
 
@@ -135,11 +135,11 @@ def _ratios(groups: list[Group], path: Path) -> Path:
 
 
 def _ratio_bar(axis: Axes, place: int, group: Group, loss: Loss) -> None:
-    plain, own, beside = (group.find(name, "cpu", BACKWARD) for name in (PLAIN.name, loss.name, loss.beside))
+    plain, own, beside = (group.find(name, OURS, BACKWARD) for name in (PLAIN.name, loss.name, loss.beside))
     if plain is None or own is None or beside is None:
         return
     ratio = own.minimum / plain.minimum
-    axis.barh(place, ratio, color=OURS if loss is PLAIN else OURS_LIGHT, height=0.72)
+    axis.barh(place, ratio, color=RED if loss is PLAIN else LIGHT_RED, height=0.72)
     if loss.limit is not None:
         allowed = loss.limit * beside.minimum / plain.minimum
         axis.plot([allowed, allowed], [place - 0.36, place + 0.36], color=INK, linewidth=2)

@@ -25,7 +25,7 @@ FORMULA_LOSS_LIMIT = {torch.float64: 1e-7, torch.float32: 1e-4, torch.bfloat16: 
 class Truth:
     """What a loss is, in float64."""
 
-    loss: float | None  # the mean over all rows; None where they are too many for a loss of many
+    loss: float | None  # the mean over all rows, if it was computed
     rows: Tensor  # (R,) the rows whose gradient is held
     gradient: Tensor  # (R, C)
 

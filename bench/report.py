@@ -133,8 +133,12 @@ def closing_lines(run: Run, written: list[Path], seconds: float) -> str:
     groups = (*run.checked_only, *run.groups)
     lines = [f"\n{sum(len(group.checks) for group in groups)} values checked, {len(run.failed)} wrong"]
     for group, check in run.failed:
-        errors = f"loss {check.loss_error}, gradient {check.gradient_error}, worst row {check.row_error}"
-        lines.append(f"WRONG VALUE, not timed: {group.name}, {check.loss}, {check.candidate}, {check.mode}: {errors}")
+        errors = (check.loss_error, check.gradient_error, check.row_error)
+        texts = ["-" if error is None else f"{error:.1e}" for error in errors]
+        where = f"{group.name}, {check.loss}, {check.candidate}, {check.mode}"
+        lines.append(
+            f"WRONG VALUE, not timed: {where}: relative errors of loss, gradient, worst row {', '.join(texts)}"
+        )
     lines += run.notes
     lines.append(f"{seconds:.0f} s; written: {', '.join(map(str, written))}")
     return "\n".join(lines)

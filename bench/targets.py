@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from candidates import BACKWARD, CLONE, EAGER, FORWARD, IN_PLACE
+from candidates import BACKWARD, CLONE, EAGER, FORWARD, IN_PLACE, OURS
 from formulas import CROSS_ENTROPY, FOCAL_ADJUSTED, OTHER_LOSSES
 from results import MAIN, OTHERS, Group, Run
 
-OURS = "cpu"
 WIDE_SHAPES = ((512, 128256), (4096, 8142))
 NARROW_SHAPE = (65536, 91)
 

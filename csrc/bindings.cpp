@@ -8,7 +8,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/library.h>
@@ -242,8 +242,11 @@ Tensor loss_and_gradient(const Tensor& logits, const Tensor& d_logits, const Opt
   } else if (reduction == "mean") {
     divisor = divisor_of<T>(loss, split.rows());
   }
-  const bool nothing = normalizer && divisor == 0;  // a normalizer of 0 gives 0
-  loss.inverse_divisor = nothing ? 0 : 1 / divisor;
+  if (normalizer && divisor == 0) {  // gives 0, whatever the rows hold
+    if (d_logits.defined()) d_logits.zero_();
+    return at::zeros({}, logits.options().dtype(accumulate_type(logits)));
+  }
+  loss.inverse_divisor = 1 / divisor;
   if (upstream && reduced) loss.inverse_divisor *= upstream->item<double>();
   loss.z_loss = z_loss;
   const Tensor losses = at::empty({split.rows()}, logits.options().dtype(accumulate_type(logits)));
@@ -257,7 +260,7 @@ Tensor loss_and_gradient(const Tensor& logits, const Tensor& d_logits, const Opt
   if (!reduced) return losses;
   const T* const row_losses = losses.const_data_ptr<T>();
   const double total = sum_of(split.rows(), [&](int64_t row) { return row_losses[row]; });
-  return at::empty({}, losses.options()).fill_(nothing ? 0 : total / divisor);
+  return at::empty({}, losses.options()).fill_(total / divisor);
 }
 
 Tensor dispatch_loss(const Tensor& logits, const Tensor& d_logits, const OptionalTensor& upstream, SPLIT_PARAMETERS,
@@ -275,6 +278,7 @@ std::tuple<Tensor, Tensor> softmax_loss_cpu(const Tensor& logits, SPLIT_PARAMETE
 
 // The same, with the gradient in the logits' memory.
 Tensor softmax_loss_cpu_(const Tensor& logits, SPLIT_PARAMETERS, LOSS_PARAMETERS) {
+  TORCH_CHECK_VALUE(reduction != "none", "softmax_loss_ needs the upstream gradient of 'none': softmax_loss_backward_");
   return dispatch_loss(logits, logits, std::nullopt, SPLIT_NAMES, LOSS_NAMES);
 }
 

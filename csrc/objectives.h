@@ -81,10 +81,11 @@ IMBALANCE_INLINE ValueAndSlope<Number> focal(const Truth<Number>& t, Number gamm
   return {-(power * t.log_p), -(power * (t.n - gamma * t.p_log_p()))};
 }
 
+// limit = logit(threshold), so that p < threshold needs no exponential; the caller has it in double, since 1 -
+// threshold may cancel.
 template <class Number>
-IMBALANCE_INLINE ValueAndSlope<Number> hard_truncation(const Truth<Number>& t, Number threshold) {
+IMBALANCE_INLINE ValueAndSlope<Number> hard_truncation(const Truth<Number>& t, Number limit) {
   using M = Math<Number>;
-  const Number limit = M::log(threshold) - M::log(Number(1) - threshold);  // p < threshold without an exponential
   const Number at_limit = M::select(M::equal(t.d, limit), Number(0.5), Number(1));
   const Number weight = M::select(M::less(limit, t.d), Number(0), at_limit);
   return {-(weight * t.log_p), -(weight * t.n)};

@@ -455,7 +455,7 @@ def target_and_rest(
     """
     if target.is_floating_point():
         raise ValueError("target holds class probabilities, but target_and_rest needs class indices")
-    if input.dim() > 0:
+    if -input.dim() <= class_dim < input.dim() or input.dim() == 1:  # else as_rows says so
         check_class_vector("bias", bias, input.shape[class_dim if input.dim() > 1 else 0])
     options = SoftmaxOptions(
         objective=objectives.CrossEntropy(),  # not read; torch.compile cannot take it from the field's default

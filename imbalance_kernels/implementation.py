@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imbalance_kernels.options import LOGIT_DTYPES
+
 try:
     _C: Any = importlib.import_module("imbalance_kernels._C")
 except ModuleNotFoundError:  # the pure wheel, or a source tree that was not built
@@ -18,7 +20,6 @@ except ModuleNotFoundError:  # the pure wheel, or a source tree that was not bui
 __all__ = ["IMPLEMENTATIONS", "choose", "extension", "show_config", "version"]
 
 IMPLEMENTATIONS = ("reference", "cpu", "cuda", "triton")
-KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def extension() -> Any | None:
@@ -41,7 +42,7 @@ def choose(impl: str | None, logits: Tensor) -> str:
         ValueError: `impl` is no implementation's name, or it does not serve the device or dtype of `logits`.
         RuntimeError: `impl` was not built or is not there yet.
     """
-    cpu_serves = _C is not None and logits.device.type == "cpu" and logits.dtype in KERNEL_DTYPES
+    cpu_serves = _C is not None and logits.device.type == "cpu" and logits.dtype in LOGIT_DTYPES
     if impl is None:
         return "cpu" if cpu_serves else "reference"
     if impl not in IMPLEMENTATIONS:

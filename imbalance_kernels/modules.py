@@ -50,9 +50,9 @@ class SoftmaxLoss(torch.nn.Module):
     Args:
         objective: one of imbalance_kernels.objectives; cross-entropy by default.
         weight: class weights (C,); in the state dict, and may be reassigned at any time.
-        ignore_index, reduction, label_smoothing, prior, margin, scale, factor, softcap, z_loss, cosines, class_dim,
-        inplace,
-            impl: see imbalance_kernels.functional.softmax_loss.
+        ignore_index, reduction, label_smoothing, prior, margin, scale, factor, softcap, z_loss, cosines: see
+            imbalance_kernels.functional.softmax_loss.
+        class_dim, inplace, impl: see there.
 
     Raises:
         TypeError: an unknown keyword.
@@ -320,6 +320,8 @@ class SoftTruncationLoss(SoftmaxLoss):
         if form not in (*FORMS, "log_odds"):
             raise ValueError(f"form is {form!r}, but it must be one of {(*FORMS, 'log_odds')}")
         super().__init__(objectives.SoftTruncation(sharpness), **keywords)
+        if self.inplace and form != "log_odds":
+            raise ValueError(f"inplace=True is not possible with form={form!r}, which reads the logits twice")
         self.form = form
 
     def forward(

@@ -57,6 +57,10 @@ class Objective:
         """Return the parameters in the order of the fields."""
         return tuple(getattr(self, field.name) for field in fields(self))
 
+    def kernel_parameters(self) -> tuple[Any, ...]:
+        """Return the parameters as csrc/objectives.h takes them."""
+        return self.parameters()
+
     def class_parameter(self) -> Tensor | None:
         """Return the (C,) tensor of a per-class first parameter, or None."""
         first = next(iter(self.parameters()), None)
@@ -190,9 +194,15 @@ class HardTruncation(Objective):
         _require_finite_number(self, "threshold", self.threshold, wants)
         _require(0 < self.threshold <= 1, self, "threshold", self.threshold, wants)
 
+    def kernel_parameters(self) -> tuple[Any, ...]:
+        """Return logit(threshold)."""
+        return (self._limit(),)
+
+    def _limit(self) -> float:
+        return math.inf if self.threshold == 1 else math.log(self.threshold) - math.log1p(-self.threshold)
+
     def _weight(self, d: Tensor) -> Tensor:
-        limit = math.inf if self.threshold == 1 else math.log(self.threshold) - math.log1p(-self.threshold)
-        return torch.heaviside(limit - d, d.new_tensor(0.5))  # p < threshold without an exponential
+        return torch.heaviside(self._limit() - d, d.new_tensor(0.5))  # p < threshold without an exponential
 
     def value(self, log_odds: Tensor) -> Tensor:
         """-h log p."""

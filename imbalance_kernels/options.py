@@ -10,7 +10,9 @@ from torch import Tensor
 from imbalance_kernels.logit_map import LogitMap
 from imbalance_kernels.objectives import CrossEntropy, Objective
 
-__all__ = ["SoftmaxOptions", "accumulate_dtype"]
+__all__ = ["LOGIT_DTYPES", "SoftmaxOptions", "accumulate_dtype"]
+
+LOGIT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -30,6 +32,12 @@ class SoftmaxOptions:
     ignore_index: int = -100
     reduction: str = "mean"
     inplace: bool = False
+
+    def class_vectors(self) -> list[Tensor]:
+        """Return the class vectors that are there: what a backward saves, so that a change in between raises."""
+        margin = self.logit_map.margin if isinstance(self.logit_map.margin, Tensor) else None
+        vectors = (self.objective.class_parameter(), self.logit_map.factor, self.logit_map.bias, margin, self.weight)
+        return [vector for vector in vectors if vector is not None]
 
     def to(self, device: torch.device, dtype: torch.dtype) -> SoftmaxOptions:
         """Return the options with their class vectors on `device` in `dtype`."""

@@ -28,6 +28,8 @@ def _checked_counts(class_counts: Tensor | Sequence[float] | Any, argument: str 
         counts = torch.as_tensor(class_counts, dtype=torch.float64, device="cpu")
     if counts.dim() != 1 or counts.numel() == 0:
         raise ValueError(f"{argument} has shape {tuple(counts.shape)}, but it must be one number per class, (C,)")
+    if torch.compiler.is_compiling():  # which cannot read values
+        return counts.clone()
     if not bool((torch.isfinite(counts) & (counts >= 0)).all()):
         raise ValueError(f"{argument} must be finite and at least 0, got {class_counts!r}")
     if not bool(counts.sum() > 0):
@@ -61,7 +63,7 @@ class Prior:
         counts = _checked_counts(class_counts)
         if zero_count is not None and zero_count not in ZERO_COUNT_POLICIES:
             raise ValueError(f"zero_count is {zero_count!r}, but it must be None or one of {ZERO_COUNT_POLICIES}")
-        zeros = int((counts == 0).sum())
+        zeros = 0 if torch.compiler.is_compiling() else int((counts == 0).sum())
         if zeros and zero_count is None:
             raise ValueError(
                 f"class_counts has {zeros} zero(s), whose log prior is -inf: choose zero_count='laplace' (add one to "
@@ -81,11 +83,13 @@ class Prior:
             ValueError: a probability that is not above 0, or a sum that is not 1 within 1 %.
         """
         values = _checked_counts(probabilities, "probabilities")
-        if not bool((values > 0).all()):
+        if torch.compiler.is_compiling():
+            pass
+        elif not bool((values > 0).all()):
             raise ValueError(
                 "probabilities must be above 0: for classes that never occur give Prior counts and zero_count"
             )
-        if abs(float(values.sum()) - 1) > 0.01:
+        elif abs(float(values.sum()) - 1) > 0.01:
             raise ValueError(
                 f"probabilities sum to {float(values.sum()):.6g}, but they must sum to 1: are they counts?"
             )
@@ -151,7 +155,7 @@ def ldam_margins(class_counts: Tensor | Any, max_margin: float = 0.5) -> Tensor:
         [0.05, 0.25, 0.5]
     """
     counts = _checked_counts(class_counts)
-    if bool((counts == 0).any()):
+    if not torch.compiler.is_compiling() and bool((counts == 0).any()):
         raise ValueError(
             "class_counts has a zero, whose LDAM margin n^(-1/4) is infinite: leave the class out or count it once"
         )

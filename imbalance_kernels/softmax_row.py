@@ -93,7 +93,8 @@ def reduce_rows(
         return losses
     if normalizer is not None:
         zero = normalizer == 0
-        return losses.sum() * torch.where(zero, 0.0, 1 / torch.where(zero, torch.ones_like(normalizer), normalizer))
+        total = torch.where(zero, torch.zeros_like(losses), losses).sum()  # an infinite row would make it NaN
+        return total / torch.where(zero, torch.ones_like(normalizer), normalizer)
     if options.reduction == "sum":
         return losses.sum()
     return losses.sum() / _divisor(losses, targets, options, sample_weight)

@@ -77,7 +77,7 @@ class Harness:
 
     def evaluate(self, number, objective, d, parameters):
         """Value and slope of an objective at d."""
-        first, second = (*parameters, 0.0, 0.0)[:2]
+        first, second = (*REGISTRY[objective](*parameters).kernel_parameters(), 0.0, 0.0)[:2]
         kind = list(REGISTRY).index(objective)
         scalar = ctypes.c_float if DTYPES[number] == np.float32 else ctypes.c_double
         return self._call(f"evaluate_{number}", number, kind, d, (scalar(first), scalar(second)), 2)

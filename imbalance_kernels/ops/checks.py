@@ -11,7 +11,7 @@ from torch import Tensor
 
 from imbalance_kernels.logit_map import CircleMargin
 from imbalance_kernels.objectives import CrossEntropy
-from imbalance_kernels.options import SoftmaxOptions
+from imbalance_kernels.options import LOGIT_DTYPES, SoftmaxOptions, accumulate_dtype
 
 __all__ = [
     "Rows",
@@ -24,7 +24,6 @@ __all__ = [
     "check_row_tensors",
 ]
 
-LOGIT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "sum", "mean")
 COSINE_TOLERANCE = 0.01  # half-precision cosines may leave [-1, 1] by a rounding
 
@@ -123,7 +122,7 @@ def check_row_tensors(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return sample_weight (N,) and normalizer () in the accumulation dtype, checked."""
     logits = rows.logits
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = accumulate_dtype(logits.dtype)
     if sample_weight is not None:
         if sample_weight.requires_grad:
             raise ValueError("sample_weight requires grad, but it is a constant: pass sample_weight.detach()")
@@ -249,6 +248,10 @@ def _wrong_target_shape(input: Tensor, target: Tensor, class_dim: int) -> str:
 
 def _is_view(base: Tensor, rows: Tensor) -> bool:
     """Return whether `rows` shares the storage of `base`, which reshape and contiguous decide by the layout."""
-    if torch.compiler.is_compiling():
-        return base.dim() <= 2 and base.stride(-1) == 1 or base.is_contiguous()
-    return rows.numel() == 0 or rows.data_ptr() == base.data_ptr()
+    if not torch.compiler.is_compiling():
+        return rows.numel() == 0 or rows.data_ptr() == base.data_ptr()
+    sizes, strides = base.shape, base.stride()
+    if sizes[-1] > 1 and strides[-1] != 1:
+        return False
+    leading = [(size, stride) for size, stride in zip(sizes[:-1], strides[:-1], strict=True) if size != 1]
+    return all(outer[1] == inner[0] * inner[1] for outer, inner in zip(leading, leading[1:], strict=False))

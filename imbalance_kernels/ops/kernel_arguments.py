@@ -34,7 +34,7 @@ def split_arguments(options: SoftmaxOptions) -> tuple[Any, ...]:
 def objective_arguments(options: SoftmaxOptions) -> tuple[str, list[float], Tensor | None]:
     """Return objective, objective_parameters, class_parameter; a per-class parameter's number is 0, and not read."""
     objective = options.objective
-    numbers = [0.0 if isinstance(value, Tensor) else float(value) for value in objective.parameters()]
+    numbers = [0.0 if isinstance(value, Tensor) else float(value) for value in objective.kernel_parameters()]
     return objective.name, numbers, objective.class_parameter()
 
 

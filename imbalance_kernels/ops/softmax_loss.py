@@ -80,7 +80,7 @@ class _LossThenGradient(torch.autograd.Function):
         normalizer: Tensor | None,
         options: SoftmaxOptions,
     ) -> Tensor:
-        ctx.save_for_backward(logits, target, sample_weight, normalizer)
+        ctx.save_for_backward(logits, target, sample_weight, normalizer, *options.class_vectors())
         ctx.options = options
         arguments = _loss_arguments(options, sample_weight, normalizer)
         return torch.ops.imbalance_kernels.softmax_loss(logits, target, *arguments, False)[0]
@@ -88,7 +88,7 @@ class _LossThenGradient(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        logits, target, sample_weight, normalizer = ctx.saved_tensors
+        logits, target, sample_weight, normalizer, *_ = ctx.saved_tensors
         arguments = (logits, target, *_loss_arguments(ctx.options, sample_weight, normalizer), d_loss)
         if ctx.options.inplace and not torch.compiler.is_compiling() and not graph_is_kept():
             torch.ops.imbalance_kernels.softmax_loss_backward_(*arguments)

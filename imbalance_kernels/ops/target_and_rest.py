@@ -24,7 +24,7 @@ class _TargetAndRest(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, target: Tensor, options: SoftmaxOptions) -> tuple[Tensor, ...]:
         split = torch.ops.imbalance_kernels.target_and_rest(logits, target, *split_arguments(options))
         _, rest, shift, _, weight_sum = split
-        ctx.save_for_backward(logits, target, rest, shift)
+        ctx.save_for_backward(logits, target, rest, shift, *options.class_vectors())
         ctx.options = options
         ctx.mark_non_differentiable(shift, weight_sum)
         return tuple(split)
@@ -34,7 +34,7 @@ class _TargetAndRest(torch.autograd.Function):
     def backward(
         ctx: Any, d_target: Tensor, d_rest: Tensor, _shift: Tensor, d_weighted_logits: Tensor, _weight_sum: Tensor
     ) -> tuple[Tensor | None, ...]:
-        logits, target, rest, shift = ctx.saved_tensors
+        logits, target, rest, shift, *_ = ctx.saved_tensors
         arguments = (logits, target, *split_arguments(ctx.options), rest, shift, d_target, d_rest, d_weighted_logits)
         if ctx.options.inplace and not torch.compiler.is_compiling() and not graph_is_kept():
             torch.ops.imbalance_kernels.target_and_rest_backward_(*arguments)
