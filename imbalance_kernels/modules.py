@@ -321,7 +321,9 @@ class SoftTruncationLoss(SoftmaxLoss):
             raise ValueError(f"form is {form!r}, but it must be one of {(*FORMS, 'log_odds')}")
         super().__init__(objectives.SoftTruncation(sharpness), **keywords)
         if self.inplace and form != "log_odds":
-            raise ValueError(f"inplace=True is not possible with form={form!r}, which reads the logits twice")
+            raise ValueError(
+                f"inplace=True is not possible with form={form!r}, which reads the logits twice: use form='log_odds'"
+            )
         self.form = form
 
     def forward(

@@ -110,7 +110,9 @@ def python_functions(lines: list[str]) -> Iterator[tuple[str, int]]:
             named = (x.value for x in node.body if isinstance(x, ast.AnnAssign) and ast.unparse(x.target) == "name")
             name = ast.literal_eval(next(named))
             functions = [
-                x for x in node.body if isinstance(x, ast.FunctionDef) and x.name in ("value", "slope", "_weight")
+                x
+                for x in node.body
+                if isinstance(x, ast.FunctionDef) and x.name in ("value", "slope", "_weight", "_limit")
             ]
         elif isinstance(node, ast.FunctionDef) and node.name in ("_log_p", "_n", "_p_log_p", "_n_power"):
             name, functions = node.name, [node]

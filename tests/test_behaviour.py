@@ -217,9 +217,57 @@ def test_in_place_on_strided_rows_writes_the_rows_alone(reduction):
 
 def test_in_place_with_two_temperatures_raises():
     _, logits = logits_of(randn(9, C))
-    for loss in (ik.SoftTruncationLoss(inplace=True), partial(F.soft_truncation_loss, inplace=True)):
-        with pytest.raises(ValueError, match="inplace=True.*form='log_odds'"):
-            loss(logits, classes(9))
+    with pytest.raises(ValueError, match="inplace=True.*form='log_odds'"):
+        F.soft_truncation_loss(logits, classes(9), inplace=True)
+    with pytest.raises(ValueError, match="inplace=True.*form='log_odds'"):
+        ik.SoftTruncationLoss(inplace=True)
+
+
+@each_reduction
+@pytest.mark.parametrize("requires_grad", (True, False), ids=("leaf", "non-leaf"))
+def test_compiled_slice_of_a_padded_vocabulary_is_left_alone(requires_grad, reduction):
+    """A view that reshape does not copy: its memory is the caller's, compiled as eager."""
+    base = randn(2, 3, C + 3)
+    target = classes(2, 3)
+
+    def step(x):
+        rows = x if requires_grad else x * 1.0
+        loss = F.cross_entropy(rows[..., :C], target, class_dim=-1, reduction=reduction).sum()
+        return loss, rows
+
+    leaf = base.clone().requires_grad_()
+    with compiled(step, "aot_eager") as (run, _):
+        loss, rows = run(leaf)
+        loss.backward()
+    assert torch.equal(leaf.detach(), base) and torch.equal(rows.detach(), base)
+
+
+@pytest.mark.parametrize("name", ("weight", "factor"))
+def test_a_class_vector_changed_before_backward_raises(name):
+    """With "none" the kernel runs again in backward: it must see the same constants."""
+    vector = torch.ones(C)
+    _, logits = logits_of(randn(9, C))
+    loss = F.softmax_loss(logits, classes(9), reduction="none", impl="cpu", **{name: vector}).sum()
+    vector.mul_(100)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@each_impl
+def test_normalizer_of_zero_gives_zero_whatever_the_rows_hold(impl):
+    leaf = torch.tensor([[-math.inf, 0.0]], requires_grad=True)
+    loss = F.cross_entropy(leaf, torch.tensor([0]), normalizer=0.0, impl=impl)
+    loss.backward()
+    assert loss == 0 and torch.equal(leaf.grad, torch.zeros(1, 2))
+
+
+@each_impl
+def test_truncation_near_certainty_keeps_its_threshold(impl):
+    """1 - threshold cancels in float32: the limit is taken in double."""
+    d = torch.linspace(12, 16, 401)
+    logits = torch.stack([d, torch.zeros_like(d)], dim=1)
+    kept = F.hard_truncation_loss(logits, torch.zeros(401, dtype=torch.long), 1 - 1e-6, reduction="none", impl=impl) > 0
+    assert torch.equal(kept, d < math.log((1 - 1e-6) / 1e-6))
 
 
 @each_impl
@@ -999,7 +1047,9 @@ def _accumulate(dtype: torch.dtype) -> torch.dtype:
 OP_CALLS = {
     "softmax_loss": lambda *case: (*loss_call(*case), True),
     "softmax_loss without gradient": lambda *case: (*loss_call(*case), False),
-    "softmax_loss_": loss_call,
+    "softmax_loss_": lambda *case: tuple(
+        "sum" if isinstance(value, str) and value == "none" else value for value in loss_call(*case)
+    ),
     "softmax_loss_backward": upstream_call,
     "softmax_loss_backward_": upstream_call,
     "target_and_rest": split_call,
