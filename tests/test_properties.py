@@ -344,6 +344,7 @@ def test_classes_masked_in_every_row_change_nothing(case, impl, more):
         padded | {"objective": objective},
     )
     value, gradient = wide.run(impl)
+    assume(not torch.isnan(value).any())  # a mean over rows of weight 0 is 0 / 0, as in torch, its gradient too
     assert (gradient[:, num_classes:] == 0).all()
     check_same(case, (value, gradient[:, :num_classes]), case.run(impl))
 
