@@ -8,16 +8,28 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 CSRC := $(wildcard csrc/*.[ch]* csrc/*/*.[ch]*)
 
-.PHONY: help venv test test-full demo bench mutants lint format wheel clean
+.PHONY: help venv test test-full demo bench gpu-check triton-versions mutants lint format wheel clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # Three stamps, so that a repeated call costs nothing and a change redoes only what it must.
 $(VENV)/.packages: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt torch setuptools ninja
 	rm -rf build  # objects compiled for another torch
+	touch $@
+
+# Beside .venv's own Triton, which is the one of its torch: the oldest version that is supported, the first with clusters
+# and the newest, where tests/test_triton_compile.py looks for them (and leaves out what it does not find). Each is a
+# gigabyte.
+TRITON_VERSIONS := 3.6.0 3.8.0 3.9.0
+triton-versions: $(VENV)/.triton  ## install more versions of Triton, which the tests then compile with
+$(VENV)/.triton: $(VENV)/.packages
+	for version in $(TRITON_VERSIONS); do \
+	    test -d $(VENV)/triton/$$version || \
+	        $(PIP) install -q --no-deps --target $(VENV)/triton/$$version triton==$$version || exit 1; \
+	done
 	touch $@
 
 # The extension is left to the next step, because pip compiles in a temporary directory: from the start, every time.
@@ -32,16 +44,22 @@ $(VENV)/.built: $(VENV)/.installed setup.py $(CSRC)
 venv: $(VENV)/.built  ## create .venv: pinned packages, this one editable, the extension compiled
 
 test: venv  ## run the tests (TEST_ARGS="-k focal")
-	$(PY) -m pytest -q --durations=10 $(TEST_ARGS)
+	$(PY) -m pytest -q -n auto --maxprocesses 8 --durations=10 $(TEST_ARGS)
 
 test-full: venv  ## run the tests on many more random cases
-	$(PY) -m pytest -q --durations=10 --hypothesis-profile=full $(TEST_ARGS)
+	$(PY) -m pytest -q -n auto --maxprocesses 8 --durations=10 --hypothesis-profile=full $(TEST_ARGS)
 
 demo: venv  ## run the demo (DEMO_ARGS="--data FOLDER")
 	$(PY) examples/demo.py $(DEMO_ARGS)
 
 bench: venv  ## run the benchmark of the softmax losses (BENCH_ARGS="...")
 	$(PY) bench/bench_softmax_loss.py $(BENCH_ARGS)
+
+# Not in .venv: a machine with a GPU may be offline, and has its own torch.
+GPU_PYTHON ?= python3
+GPU_OUTPUT ?= bench-output
+gpu-check:  ## on a machine with a GPU: build, test and time (GPU_PYTHON=python3 GPU_OUTPUT=bench-output)
+	$(GPU_PYTHON) bench/gpu_check.py $(GPU_OUTPUT)
 
 mutants: venv  ## break each formula in turn and see that the tests notice
 	$(PY) tests/mutate_objectives.py

@@ -1,4 +1,7 @@
-"""The softmax losses on CPU: values first, then times, beside a copy of the logits (README.md of this folder)."""
+"""The softmax losses: values first, then times, beside a copy of the logits (README.md of this folder).
+
+On CPU; with `--device cuda` on a GPU (gpu.py, `--device cuda --help`).
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from pathlib import Path
 os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # torch's profiler, which measures memory here, announces itself
 
 import charts
+import gpu
 import report
 import torch
 from candidates import ALL_MODES, BACKWARD, COMPILED, EAGER, Candidate, Problem, baselines, eager, implementations, ours
@@ -155,6 +159,8 @@ def benchmark(arguments: argparse.Namespace) -> Run:
 
 
 def main() -> None:
+    if "--device" in sys.argv:  # on a GPU other clocks, shapes and peers
+        gpu.main()
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
     arguments.output.mkdir(parents=True, exist_ok=True)

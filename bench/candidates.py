@@ -27,9 +27,14 @@ CLONE = "clone()"
 
 
 class Problem:
-    """Logits of a classifier in training: classes by Zipf's law, rows from hopeless to sure (log-odds 0 +- 4)."""
+    """Logits of a classifier in training: classes by Zipf's law, rows from hopeless to sure (log-odds 0 +- 4).
 
-    def __init__(self, rows: int, num_classes: int, dtype: torch.dtype, device: torch.device) -> None:
+    `sureness` is added to the log-odds: a trained classifier is sure of nearly every row.
+    """
+
+    def __init__(
+        self, rows: int, num_classes: int, dtype: torch.dtype, device: torch.device, sureness: float = 0.0
+    ) -> None:
         self.shape = (rows, num_classes)
         self.dtype = dtype
         random = torch.Generator(device).manual_seed(rows + num_classes)
@@ -38,7 +43,7 @@ class Problem:
         self.target = torch.multinomial(counts.double(), rows, replacement=True, generator=random)  # (N,)
 
         logits = 2 * torch.randn(rows, num_classes, generator=random, device=device)
-        log_odds = 4 * torch.randn(rows, generator=random, device=device)
+        log_odds = sureness + 4 * torch.randn(rows, generator=random, device=device)
         index = self.target[:, None]
         logits.scatter_(1, index, (logits.logsumexp(dim=1) + log_odds)[:, None])
         self.logits = logits.to(dtype)  # (N, C)

@@ -57,7 +57,7 @@ def draw(run: Run, folder: Path) -> list[Path]:
     return pictures
 
 
-def _finish(figure: Figure, title: str, explanation: str, path: Path) -> Path:
+def finish_figure(figure: Figure, title: str, explanation: str, path: Path) -> Path:
     """Title and explanation at the upper left, at fixed distances whatever the figure's height; save and close."""
     inch = 1 / figure.get_figheight()
     left = 0.12 / figure.get_figwidth()
@@ -88,7 +88,7 @@ def _times(groups: list[Group], run: Run, path: Path) -> Path:
         f"Dashed: a warm copy_ of the logits, the floor for a loss with its gradient. "
         f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}."
     )
-    return _finish(figure, f"Softmax losses, {groups[0].dtype}", explanation, path)
+    return finish_figure(figure, f"Softmax losses, {groups[0].dtype}", explanation, path)
 
 
 def _time_bars(axis: Axes, group: Group, loss: str) -> None:
@@ -103,10 +103,10 @@ def _time_bars(axis: Axes, group: Group, loss: str) -> None:
         right = (max(copies, 1.0), len(labels))  # of the bar, and of the dashed line
         axis.annotate(text, right, (5, 0), textcoords="offset points", va="center", fontsize=9)
         labels.append(label)
-    _finish_bars(axis, labels)
+    finish_bars(axis, labels)
 
 
-def _finish_bars(axis: Axes, labels: list[str]) -> None:
+def finish_bars(axis: Axes, labels: list[str]) -> None:
     longest = max((bar.get_width() for bar in axis.patches), default=1.0)
     axis.axvline(1, color=INK, linewidth=1, linestyle="--")
     axis.set_xlim(0, 1.4 * max(longest, 1.0))
@@ -126,12 +126,12 @@ def _ratios(groups: list[Group], path: Path) -> Path:
     for column, (axis, group) in enumerate(zip(axes[0], groups, strict=True)):
         for place, loss in enumerate(losses):
             _ratio_bar(axis, place, group, loss)
-        _finish_bars(axis, [loss.name for loss in losses])
+        finish_bars(axis, [loss.name for loss in losses])
         axis.tick_params(labelleft=column == 0)
         axis.set_title(f"{group.shape[0]} x {group.shape[1]}, {group.dtype}", loc="left", fontsize=10)
         axis.set_xlabel("time, cross-entropy = 1")
     explanation = "Forward + backward with a fresh gradient, our kernel, best times. Mark: the most that is allowed."
-    return _finish(figure, "What each loss costs, beside our plain cross-entropy", explanation, path)
+    return finish_figure(figure, "What each loss costs, beside our plain cross-entropy", explanation, path)
 
 
 def _ratio_bar(axis: Axes, place: int, group: Group, loss: Loss) -> None:

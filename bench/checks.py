@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from candidates import COMPILED, EAGER, UPSTREAM_OF, Candidate, Problem
+from candidates import UPSTREAM_OF, Candidate, Problem
 from formulas import Loss
 from torch import Tensor
 
+from imbalance_kernels.implementation import IMPLEMENTATIONS
+
 FEWEST_ROWS, MOST_ROWS, MOST_LOGITS = 16, 64, 1 << 21  # whose gradient is checked
-CHUNK = 1 << 18  # logits of a float64 chunk: its temporaries stay in cache
+CHUNK = {"cpu": 1 << 18, "cuda": 1 << 26}  # logits of a float64 chunk: its temporaries stay in cache, or fill a GPU
 
 # Ours: the largest relative error of a row's gradient, so that sure rows, whose gradients are small, count as much.
 ROW_LIMIT = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2**-8}
@@ -49,7 +51,7 @@ def truth_of(problem: Problem, loss: Loss, whole: bool = True) -> Truth:
     logits, target = problem.input(loss), problem.target
     num_rows, num_classes = logits.shape
     divisor = num_rows if module.weight is None else float(module.weight.double()[target].sum())
-    rows_at_once = max(1, CHUNK // num_classes)
+    rows_at_once = max(1, CHUNK[logits.device.type] // num_classes)
 
     total = 0.0
     with torch.no_grad():
@@ -94,7 +96,7 @@ def _passes(
     gradient_error: float | None,
     row_error: float | None,
 ) -> bool:
-    if candidate.name in (EAGER, COMPILED):
+    if candidate.name not in IMPLEMENTATIONS:
         return _within(gradient_error, FORMULA_LIMIT[dtype]) and _within(loss_error, FORMULA_LOSS_LIMIT[dtype])
     return _within(row_error, ROW_LIMIT[dtype]) and _within(loss_error, LOSS_LIMIT[dtype])
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
 import platform
 from importlib import metadata
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,9 +19,13 @@ try:
 except ModuleNotFoundError:  # the pure wheel, or a source tree that was not built
     _C = None
 
+_HAS_TRITON = find_spec("triton") is not None
+_INTERPRETS_TRITON = os.environ.get("TRITON_INTERPRET") == "1"  # on CPU, for tests
+
 __all__ = ["IMPLEMENTATIONS", "choose", "extension", "show_config", "version"]
 
 IMPLEMENTATIONS = ("reference", "cpu", "cuda", "triton")
+TRITON_DEVICES = ("cuda", "xpu")  # ROCm's devices are called cuda too
 
 
 def extension() -> Any | None:
@@ -40,15 +46,26 @@ def choose(impl: str | None, logits: Tensor) -> str:
 
     Raises:
         ValueError: `impl` is no implementation's name, or it does not serve the device or dtype of `logits`.
-        RuntimeError: `impl` was not built or is not there yet.
+        RuntimeError: `impl` was not built, is not installed, or is not there yet.
     """
-    cpu_serves = _C is not None and logits.device.type == "cpu" and logits.dtype in LOGIT_DTYPES
+    device = logits.device.type
+    cpu_serves = _C is not None and device == "cpu" and logits.dtype in LOGIT_DTYPES
+    triton_serves = _HAS_TRITON and (device in TRITON_DEVICES or (device == "cpu" and _INTERPRETS_TRITON))
     if impl is None:
+        if device in TRITON_DEVICES and triton_serves:
+            return "triton"
         return "cpu" if cpu_serves else "reference"
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl is {impl!r}, but it must be None or one of {IMPLEMENTATIONS}")
-    if impl in ("cuda", "triton"):
-        raise RuntimeError(f"impl='{impl}' is not part of this version: use impl='reference' or None")
+    if impl == "cuda":
+        raise RuntimeError("impl='cuda' is not part of this version: use impl='triton', 'reference' or None")
+    if impl == "triton" and not _HAS_TRITON:
+        raise RuntimeError("impl='triton' needs Triton: pip install 'triton>=3.6', or use impl='reference'")
+    if impl == "triton" and not triton_serves:
+        raise ValueError(
+            f"impl='triton' got logits on {logits.device}, but it needs a GPU: use impl='cpu', 'reference' or None "
+            "(for tests, TRITON_INTERPRET=1 set before Python starts runs it on CPU)"
+        )
     if impl == "cpu" and _C is None:
         raise RuntimeError(
             "impl='cpu' needs the compiled extension: install with a C++ compiler by "
@@ -75,8 +92,12 @@ def show_config() -> None:
         print(f"  cpu        {built}, {torch.get_num_threads()} threads")
         print(f"             instruction set {info['instruction_set']} of {', '.join(_C.instruction_sets())}")
     print("  cuda       not part of this version")
-    print("  triton     not part of this version")
+    if _HAS_TRITON:
+        triton = importlib.import_module("triton")
+        print(f"  triton     {triton.__version__}{', interpreted on CPU' if _INTERPRETS_TRITON else ''}")
+    else:
+        print("  triton     not installed: pip install 'triton>=3.6'")
     print("  reference  always there: plain PyTorch on any device")
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    devices = ["cpu", *(device for device in TRITON_DEVICES if getattr(torch, device).is_available())]
     chosen = ", ".join(f"{device}: {choose(None, torch.empty(0, device=device))}" for device in devices)
     print(f"  impl=None chooses  {chosen}")

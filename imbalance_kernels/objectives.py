@@ -58,7 +58,7 @@ class Objective:
         return tuple(getattr(self, field.name) for field in fields(self))
 
     def kernel_parameters(self) -> tuple[Any, ...]:
-        """Return the parameters as csrc/objectives.h takes them."""
+        """Return the parameters as kernels take them (csrc/objectives.h, triton_kernels/objectives.py)."""
         return self.parameters()
 
     def class_parameter(self) -> Tensor | None:

@@ -1,9 +1,9 @@
-"""Breaks each formula of imbalance_kernels/objectives.py and csrc/objectives.h in turn, and sees that the tests notice.
+"""Breaks each formula of the three files of objectives in turn, and sees that the tests notice.
 
 Every rule below is applied to every place of every formula, one at a time, in a temporary copy of the checkout; the
 tests of the objectives run there. A mutant that they pass is a hole in the tests: it is printed, and the script fails.
 
-    python tests/mutate_objectives.py [--language python|cpp] [--only focal] [--jobs 2] [--all]
+    python tests/mutate_objectives.py [--language python|cpp|triton] [--only focal] [--jobs 2] [--all]
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from imbalance_kernels.objectives import REGISTRY
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ["imbalance_kernels", "csrc", "tests", "triton_kernels", "pyproject.toml"]
-PYTHON, CPP = "imbalance_kernels/objectives.py", "csrc/objectives.h"
+PYTHON, CPP, TRITON = "imbalance_kernels/objectives.py", "csrc/objectives.h", "triton_kernels/objectives.py"
 TESTS = {
     PYTHON: [
         "tests/test_objectives.py",
@@ -35,6 +35,7 @@ TESTS = {
         "test_objectives or mpmath or gamma_per_class",
     ],
     CPP: ["tests/test_objectives_cpp.py"],
+    TRITON: ["tests/test_triton.py", "-k", "equal_the_registry"],
 }
 
 OPERATORS = [
@@ -43,6 +44,13 @@ OPERATORS = [
     ("minus to plus", r" - ", " + "),
     ("times to plus", r" \* ", " + "),
     ("divided to times", r" / ", " * "),
+]
+TRUTHS = [  # of both kernels' objectives, which are written alike
+    ("n to p", r"\bt\.n\b", "t.p"),
+    ("p to n", r"\bt\.p\b", "t.n"),
+    ("n to p", r"\bsharp\.n\b", "sharp.p"),
+    ("p to n", r"\bsharp\.p\b", "sharp.n"),
+    ("m1 dropped", r"expm1_nonpositive", "exp_nonpositive"),
 ]
 RULES = {
     PYTHON: [
@@ -59,21 +67,27 @@ RULES = {
     ],
     CPP: [
         *OPERATORS,
-        ("n to p", r"\bt\.n\b", "t.p"),
-        ("p to n", r"\bt\.p\b", "t.n"),
-        ("n to p", r"\bsharp\.n\b", "sharp.p"),
-        ("p to n", r"\bsharp\.p\b", "sharp.n"),
+        *TRUTHS,
         ("log p to log n", r"\blog_p\b(?=[;, )}])(?<!p_log_p)", "log_n"),
         ("gamma + 1 to gamma", r"\bgamma \+ Number\(1\)", "gamma"),
         ("half to one", r"Number\(0\.5\)", "Number(1)"),
         ("one to two", r"Number\(1\)", "Number(2)"),
         ("zero to one", r"Number\(0\)", "Number(1)"),
-        ("m1 dropped", r"expm1_nonpositive", "exp_nonpositive"),
         (
             "guard dropped",
             r"M::select\((?:[^,()]|\([^()]*(?:\([^()]*\)[^()]*)*\))+, [^,]+, (?P<kept>.+)\)(?=;|, )",
             r"\g<kept>",
         ),
+    ],
+    TRITON: [
+        *OPERATORS,
+        *TRUTHS,
+        ("log p to log n", r"\bt\.log_p\b", "t.log_n"),
+        ("gamma + 1 to gamma", r"\bgamma \+ 1\.0", "gamma"),
+        ("half to one", r"\b0\.5\b", "1.0"),
+        ("one to two", r"\b1\.0\b", "2.0"),
+        ("zero to one", r"\b0\.0\b", "1.0"),
+        ("guard dropped", r"tl\.where\(t?\.?\w+ [=>]=? [^,]+, [^,]+, (?P<kept>.+)\)(?=$)", r"\g<kept>"),
     ],
 }
 
@@ -87,6 +101,8 @@ EQUIVALENT = {
     ): "products are exact to the last bits; powers are good enough",
     (CPP, "n_power", "Number(1)), n, power", "guard dropped"): "the same",
     (CPP, "evaluate", "return cross_entropy(truth);", ""): "never reached",
+    (TRITON, "_n_power", "gamma == 2", "guard dropped"): "products are exact to the last bits; powers are good enough",
+    (TRITON, "_n_power", "gamma == 1", "guard dropped"): "the same",
 }
 
 
@@ -124,6 +140,15 @@ def python_functions(lines: list[str]) -> Iterator[tuple[str, int]]:
                     yield from ((name, line - 1) for line in range(statement.lineno, statement.end_lineno + 1))
 
 
+def triton_functions(lines: list[str]) -> Iterator[tuple[str, int]]:
+    """The same of triton_kernels/objectives.py: all of its functions but their docstrings."""
+    for node in ast.parse("\n".join(lines)).body:
+        if isinstance(node, ast.FunctionDef):
+            for statement in node.body:
+                if not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)):
+                    yield from ((node.name, line - 1) for line in range(statement.lineno, statement.end_lineno + 1))
+
+
 def cpp_functions(lines: list[str]) -> Iterator[tuple[str, int]]:
     """The same of csrc/objectives.h: everything in the braces of a function."""
     name = ""
@@ -141,7 +166,7 @@ def cpp_functions(lines: list[str]) -> Iterator[tuple[str, int]]:
 
 def mutants_of(file: str) -> list[Mutant]:
     lines = (ROOT / file).read_text().split("\n")
-    functions = {PYTHON: python_functions, CPP: cpp_functions}[file]
+    functions = {PYTHON: python_functions, CPP: cpp_functions, TRITON: triton_functions}[file]
     found = []
     for function, number in functions(lines):
         line = lines[number]
@@ -206,13 +231,13 @@ def print_table(verdicts: list[tuple[Mutant, str | None]]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--language", choices=["python", "cpp"], help="only this language's formulas")
+    parser.add_argument("--language", choices=["python", "cpp", "triton"], help="only this language's formulas")
     parser.add_argument("--only", metavar="NAME", help="only this objective or helper function")
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time (2)")
     parser.add_argument("--all", action="store_true", help="print every mutant, and the test that noticed it")
     arguments = parser.parse_args()
 
-    files = {"python": [PYTHON], "cpp": [CPP], None: [PYTHON, CPP]}[arguments.language]
+    files = {"python": [PYTHON], "cpp": [CPP], "triton": [TRITON], None: [PYTHON, CPP, TRITON]}[arguments.language]
     mutants = [m for file in files for m in mutants_of(file) if arguments.only in (None, m.function)]
     with tempfile.TemporaryDirectory() as folder:
         checkouts: Queue[Path] = Queue()
@@ -222,6 +247,7 @@ def main() -> int:
                 copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
                 checkout.mkdir(exist_ok=True)
                 copy(ROOT / name, checkout / name)
+            (checkout / "imbalance_kernels/triton_kernels").symlink_to(checkout / "triton_kernels")  # as if installed
             checkouts.put(checkout)
 
         def verdict(mutant: Mutant | None, file: str) -> tuple[Mutant | None, str | None]:

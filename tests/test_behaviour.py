@@ -21,7 +21,8 @@ from imbalance_kernels.logit_map import LogitMap
 from imbalance_kernels.ops.kernel_arguments import objective_arguments, split_arguments
 from imbalance_kernels.options import SoftmaxOptions
 
-IMPLS = ("reference", "cpu")
+IMPLS = ("reference", "cpu", "triton")
+KERNELS = ("cpu", "triton")
 REDUCTIONS = ("none", "sum", "mean")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 C = 37  # several vectors and a tail, for every dtype
@@ -67,6 +68,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 each_impl = pytest.mark.parametrize("impl", IMPLS)
+each_kernel = pytest.mark.parametrize("impl", KERNELS)
 each_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 
 
@@ -90,28 +92,30 @@ def test_logits_are_not_changed(loss, dtype, reduction, impl):
         assert torch.equal(shaped, before)
 
 
+@each_kernel
 @each_reduction
 @each_dtype
 @pytest.mark.parametrize("loss", (ik.CrossEntropyLoss, LOSSES["focal, everything"]))
-def test_in_place_gives_the_same_gradient_in_the_logits_storage(loss, dtype, reduction):
+def test_in_place_gives_the_same_gradient_in_the_logits_storage(loss, dtype, reduction, impl):
     x, target = randn(9, C, dtype=dtype), torch.where(torch.arange(9) == 4, -100, classes(9))
-    want = gradient(loss(reduction=reduction), x, target)
+    want = gradient(loss(reduction=reduction, impl=impl), x, target)
     leaf, logits = logits_of(x)
     storages = []
     logits.register_hook(lambda d_logits: storages.append(d_logits.untyped_storage().data_ptr()))
-    value = loss(reduction=reduction, inplace=True)(logits, target)
+    value = loss(reduction=reduction, inplace=True, impl=impl)(logits, target)
     value.backward(randn(*value.shape, seed=9, dtype=value.dtype))
     assert torch.equal(leaf.grad, want)
     assert storages == [logits.untyped_storage().data_ptr()] and torch.equal(logits, want)
     assert torch.equal(leaf, x)
 
 
+@each_kernel
 @each_reduction
 @each_dtype
-def test_in_place_bumps_the_version(dtype, reduction):
+def test_in_place_bumps_the_version(dtype, reduction, impl):
     _, logits = logits_of(randn(9, C, dtype=dtype))
     version = logits._version
-    ik.CrossEntropyLoss(reduction=reduction, inplace=True)(logits, classes(9)).sum().backward()
+    ik.CrossEntropyLoss(reduction=reduction, inplace=True, impl=impl)(logits, classes(9)).sum().backward()
     assert logits._version > version
 
 
@@ -202,12 +206,13 @@ def test_in_place_on_rows_that_share_memory_raises(reduction):
         F.cross_entropy(logits.expand(9, C), classes(9), reduction=reduction, inplace=True).sum().backward()
 
 
+@each_kernel
 @each_reduction
-def test_in_place_on_strided_rows_writes_the_rows_alone(reduction):
+def test_in_place_on_strided_rows_writes_the_rows_alone(reduction, impl):
     wide = randn(9, C + 6)
-    want = gradient(ik.CrossEntropyLoss(reduction=reduction), wide[::2, 3 : 3 + C], classes(5))
+    want = gradient(ik.CrossEntropyLoss(reduction=reduction, impl=impl), wide[::2, 3 : 3 + C], classes(5))
     leaf, logits = logits_of(wide)
-    value = ik.CrossEntropyLoss(reduction=reduction, inplace=True)(logits[::2, 3 : 3 + C], classes(5))
+    value = ik.CrossEntropyLoss(reduction=reduction, inplace=True, impl=impl)(logits[::2, 3 : 3 + C], classes(5))
     value.backward(randn(*value.shape, seed=9))
     changed = wide.clone()
     changed[::2, 3 : 3 + C] = want
@@ -656,6 +661,10 @@ COMPILED = {
     "in place": (partial(ik.CrossEntropyLoss, inplace=True), torch.float32),
     "in place, none": (partial(ik.CrossEntropyLoss, inplace=True, reduction="none"), torch.float32),
     "reference": (partial(LOSSES["focal, everything"], impl="reference"), torch.float32),
+    "triton": (partial(LOSSES["focal, everything"], impl="triton"), torch.float32),
+    "triton, none": (partial(LOSSES["focal, everything"], impl="triton", reduction="none"), torch.float32),
+    "triton, in place": (partial(ik.CrossEntropyLoss, impl="triton", inplace=True), torch.bfloat16),
+    "triton, two temperatures": (partial(LOSSES["two temperatures"], impl="triton"), torch.float32),
 }
 
 
@@ -696,7 +705,9 @@ def test_compile_discovers_dynamic_rows(backend):
 
 
 @pytest.mark.parametrize(
-    "loss", (ik.CrossEntropyLoss(), ik.FocalLoss(1.5), F.focal_loss, ik.SoftTruncationLoss()), ids=repr
+    "loss",
+    (ik.CrossEntropyLoss(), ik.FocalLoss(1.5), F.focal_loss, ik.SoftTruncationLoss()),
+    ids=lambda loss: getattr(loss, "__name__", repr(loss)),
 )
 def test_compile_with_everything_dynamic(loss):
     """dynamic=True makes symbols of a module's numbers too (dynamo may start anew for them, within the first call)."""
@@ -798,16 +809,17 @@ LAYOUTS = {
 }
 
 
+@each_kernel
 @each_reduction
 @each_dtype
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_strided_rows_are_read_where_they_are(layout, dtype, reduction):
+def test_strided_rows_are_read_where_they_are(layout, dtype, reduction, impl):
     x, target = randn(9, C, dtype=dtype), classes(9)
     strided = LAYOUTS[layout](x)
     if layout == "rows of stride 0":
         x, strided = x[:1].repeat(9, 1), x[:1].expand(9, C)
     assert not strided.is_contiguous() and torch.equal(strided, x)
-    loss = ik.FocalLoss(prior=PRIOR, label_smoothing=0.1, reduction=reduction)
+    loss = ik.FocalLoss(prior=PRIOR, label_smoothing=0.1, reduction=reduction, impl=impl)
     want_leaf, leaf = x.clone().requires_grad_(), strided.detach().requires_grad_()
     with recorded_operations() as operations:
         value = loss(leaf, target)
@@ -994,7 +1006,7 @@ def test_threads_do_not_change_bits(shape, loss, dtype, reduction):
 
 # ---------------------------------------------------------------- opcheck and gradcheck
 
-OPS = torch.ops.imbalance_kernels
+OPS = {"cpu": torch.ops.imbalance_kernels, "triton": torch.ops.imbalance_kernels_triton}
 OPTIONS = {
     "plain": SoftmaxOptions(),
     "everything": SoftmaxOptions(
@@ -1028,14 +1040,14 @@ def loss_call(options: SoftmaxOptions, dtype: torch.dtype, target: str, num_rows
 def upstream_call(options: SoftmaxOptions, dtype: torch.dtype, target: str, num_rows: int) -> tuple[Any, ...]:
     """Return the arguments of softmax_loss_backward."""
     arguments = loss_call(options, dtype, target, num_rows)
-    loss, _ = OPS.softmax_loss(*arguments, False)
+    loss, _ = OPS["cpu"].softmax_loss(*arguments, False)
     return (*arguments, randn(*loss.shape, seed=6, dtype=loss.dtype))
 
 
 def backward_call(options: SoftmaxOptions, dtype: torch.dtype, target: str, num_rows: int) -> tuple[Any, ...]:
     """Return the arguments of target_and_rest_backward."""
     arguments = split_call(options, dtype, target, num_rows)
-    _, rest, shift, weighted, _ = OPS.target_and_rest(*arguments)
+    _, rest, shift, weighted, _ = OPS["cpu"].target_and_rest(*arguments)
     upstream = (randn(num_rows, seed=6, dtype=rest.dtype), randn(num_rows, seed=7, dtype=rest.dtype))
     return (*arguments, rest, shift, *upstream, torch.ones_like(weighted))
 
@@ -1064,22 +1076,25 @@ OP_CALLS = {
     ("options", "target"), (("plain", "indices"), ("everything", "indices"), ("plain", "probabilities"))
 )
 @pytest.mark.parametrize("op", OP_CALLS)
-def test_opcheck(op, options, target, dtype, num_rows):
+@each_kernel
+def test_opcheck(impl, op, options, target, dtype, num_rows):
     """Schema (what is mutated), fake kernel, and the operation under aot dispatch with dynamic shapes."""
-    torch.library.opcheck(getattr(OPS, op.split()[0]).default, OP_CALLS[op](OPTIONS[options], dtype, target, num_rows))
+    operation = getattr(OPS[impl], op.split()[0]).default
+    torch.library.opcheck(operation, OP_CALLS[op](OPTIONS[options], dtype, target, num_rows))
 
 
+@each_kernel
 @each_dtype
 @pytest.mark.parametrize("factor", (1.0, 1 / 3))
-def test_opcheck_scale_(factor, dtype):
+def test_opcheck_scale_(factor, dtype, impl):
     torch.library.opcheck(
-        OPS.scale_.default, (randn(5, C, dtype=dtype), torch.tensor(factor, dtype=_accumulate(dtype)))
+        OPS[impl].scale_.default, (randn(5, C, dtype=dtype), torch.tensor(factor, dtype=_accumulate(dtype)))
     )
 
 
 def test_opcheck_an_angle():
     arguments = loss_call(OPTIONS["angle"], torch.float32, "indices", 5)
-    torch.library.opcheck(OPS.softmax_loss.default, (*arguments, True))
+    torch.library.opcheck(OPS["cpu"].softmax_loss.default, (*arguments, True))
 
 
 def test_every_operation_is_checked():

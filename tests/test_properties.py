@@ -6,6 +6,7 @@
 import math
 from dataclasses import dataclass, field, replace
 
+import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -244,8 +245,11 @@ def allowed(case: Case, value: Tensor, gradient: Tensor) -> Allowed:
     return Allowed(lost + 1e-36, (relative * (own + scaled) + stored * own + below)[:, None])
 
 
-def check_against_reference(case: Case):
-    value, gradient = case.run("cpu")
+each_kernel = pytest.mark.parametrize("impl", ["cpu", "triton"])
+
+
+def check_against_reference(case: Case, impl: str):
+    value, gradient = case.run(impl)
     exact, exact_gradient = case.run("reference", torch.float64)
     assert value.dtype == (torch.float64 if case.storage.dtype == torch.float64 else torch.float32)
     if torch.isnan(exact).any():  # the mean of nothing, or of rows that weigh nothing
@@ -258,24 +262,27 @@ def check_against_reference(case: Case):
     assert (gradient[masked] == 0).all()
 
 
-@given(cases("logits"))
-def test_kernels_equal_the_reference(case):
-    check_against_reference(case)
+@each_kernel
+@given(case=cases("logits"))
+def test_kernels_equal_the_reference(impl, case):
+    check_against_reference(case, impl)
 
 
-@given(cases("cosines"))
-def test_kernels_equal_the_reference_on_cosines(case):
-    check_against_reference(case)
+@each_kernel
+@given(case=cases("cosines"))
+def test_kernels_equal_the_reference_on_cosines(impl, case):
+    check_against_reference(case, impl)
 
 
-@given(cases("probabilities"))
-def test_kernels_equal_the_reference_with_class_probabilities(case):
-    check_against_reference(case)
+@each_kernel
+@given(case=cases("probabilities"))
+def test_kernels_equal_the_reference_with_class_probabilities(impl, case):
+    check_against_reference(case, impl)
 
 
 # ---------------------------------------------------------------- what must not change a loss
 
-both = st.sampled_from(["reference", "cpu"])
+every_impl = st.sampled_from(["reference", "cpu", "triton"])
 in_float64 = {"dtypes": [torch.float64]}
 
 
@@ -304,21 +311,21 @@ def check_same(case: Case, found, right, roundings=1000):
     assert ((gradient - exact_gradient).abs() <= 2 * bounds.gradient).all()
 
 
-@given(cases("logits", softcap=None, z_loss=0.0, **in_float64), both, st.sampled_from([-1024.0, 3.0, 512.0]))
+@given(cases("logits", softcap=None, z_loss=0.0, **in_float64), every_impl, st.sampled_from([-1024.0, 3.0, 512.0]))
 def test_a_common_shift_changes_nothing(case, impl, shift):
     assume("factor" not in case.options)
     moved = replace(case, storage=case.storage + shift)
     check_same(moved, moved.run(impl), case.run(impl))
 
 
-@given(st.one_of(cases("logits", **in_float64), cases("cosines", **in_float64)), both, st.integers(0, 2**31))
+@given(st.one_of(cases("logits", **in_float64), cases("cosines", **in_float64)), every_impl, st.integers(0, 2**31))
 def test_the_order_of_classes_changes_nothing(case, impl, seed):
     order = torch.randperm(case.num_classes, generator=torch.Generator().manual_seed(seed))
     value, gradient = case.run(impl)
     check_same(case, on_classes(case, order).run(impl), (value, gradient[:, order]))
 
 
-@given(cases("logits", label_smoothing=0.0, exclude=0.0, **in_float64), both, st.integers(1, 20))
+@given(cases("logits", label_smoothing=0.0, exclude=0.0, **in_float64), every_impl, st.integers(1, 20))
 def test_classes_masked_in_every_row_change_nothing(case, impl, more):
     """Padding a vocabulary: without smoothing, which divides by all classes."""
     num_classes = case.num_classes
@@ -357,7 +364,7 @@ def some_rows(case: Case, rows: Tensor) -> Case:
     return Case(case.storage[rows], case.offset, case.num_classes, case.target[rows], upstream, options)
 
 
-@given(st.one_of(cases("logits"), cases("cosines")), both)
+@given(st.one_of(cases("logits"), cases("cosines")), every_impl)
 def test_ignoring_a_row_is_dropping_it(case, impl):
     """To the bit in the gradient of those that stay; the value is summed in another order."""
     keep = (case.target != -100).nonzero().squeeze(1)
@@ -374,7 +381,7 @@ def test_ignoring_a_row_is_dropping_it(case, impl):
         assert torch.equal(gradient[keep], alone_gradient)
 
 
-@given(st.one_of(cases("logits", reduction="sum"), cases("probabilities", reduction="sum")), both)
+@given(st.one_of(cases("logits", reduction="sum"), cases("probabilities", reduction="sum")), every_impl)
 def test_a_sample_weight_of_two_is_the_row_twice(case, impl):
     case.options.pop("normalizer", None)
     case.options.pop("sample_weight", None)

@@ -9,7 +9,7 @@ import imbalance_kernels as ik
 from imbalance_kernels.functional import softmax_loss
 from imbalance_kernels.objectives import REGISTRY
 
-IMPLEMENTATIONS = ["reference", "cpu"]
+IMPLEMENTATIONS = ["reference", "cpu", "triton"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 SHAPES = {
@@ -38,17 +38,18 @@ def make_case(shape, dtype, cosines=False):
     return logits.to(dtype), target
 
 
-def check(logits, target, impl, reduction, ours, exact):
-    """Compare value and gradient under a random upstream gradient."""
+def check(logits, target, impl, reduction, ours, exact, device="cpu"):
+    """Compare value and gradient under a random upstream gradient; the oracle stays on CPU."""
     shape = target.shape[:1] if reduction == "none" else ()
     upstream = torch.randn(shape, dtype=torch.float64)
     value, gradient = oracle.loss_and_gradient(logits, upstream, target=target, reduction=reduction, **exact)
-    x = logits.clone().requires_grad_(True)
-    loss = softmax_loss(x, target, impl=impl, reduction=reduction, **ours)
+    x = logits.to(device, copy=True).requires_grad_(True)
+    loss = softmax_loss(x, target.to(device), impl=impl, reduction=reduction, **ours)
     assert loss.dtype == (torch.float64 if logits.dtype == torch.float64 else torch.float32)
-    (found,) = torch.autograd.grad(loss, x, upstream.to(loss.dtype))
+    (found,) = torch.autograd.grad(loss, x, upstream.to(device, loss.dtype))
+    loss, found = loss.detach().cpu(), found.cpu()
     size = value.abs().max().clamp_min(1e-3)
-    assert float((loss.detach().double() - value).abs().max() / size) <= VALUE_TOLERANCE[logits.dtype]
+    assert float((loss.double() - value).abs().max() / size) <= VALUE_TOLERANCE[logits.dtype]
     assert found.dtype == logits.dtype
     tiny = gradient.abs().amax(dim=1, keepdim=True) < 2.0**-13 if logits.dtype == torch.float16 else None
     if tiny is not None:  # float16 denormals: absolute spacing 2^-24

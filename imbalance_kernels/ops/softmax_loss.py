@@ -29,6 +29,7 @@ from imbalance_kernels.ops.checks import (
     check_row_tensors,
 )
 from imbalance_kernels.ops.kernel_arguments import objective_arguments, split_arguments
+from imbalance_kernels.ops.kernels import kernels
 from imbalance_kernels.options import SoftmaxOptions, accumulate_dtype
 
 __all__ = ["prepare", "softmax_loss"]
@@ -45,15 +46,17 @@ class _LossAndGradient(torch.autograd.Function):
         sample_weight: Tensor | None,
         normalizer: Tensor | None,
         options: SoftmaxOptions,
+        impl: str,
     ) -> Tensor:
         arguments = _loss_arguments(options, sample_weight, normalizer)
         if options.inplace:
-            loss = torch.ops.imbalance_kernels.softmax_loss_(logits, target, *arguments)
+            loss = kernels(impl).softmax_loss_(logits, target, *arguments)
             torch.autograd.graph.increment_version(logits)
             d_logits = logits
         else:
-            loss, d_logits = torch.ops.imbalance_kernels.softmax_loss(logits, target, *arguments, True)
+            loss, d_logits = kernels(impl).softmax_loss(logits, target, *arguments, True)
         ctx.save_for_backward(d_logits)
+        ctx.impl = impl
         return loss
 
     @staticmethod
@@ -63,9 +66,9 @@ class _LossAndGradient(torch.autograd.Function):
         if torch.compiler.is_compiling() or graph_is_kept():
             d_logits = d_logits * d_loss
         else:
-            torch.ops.imbalance_kernels.scale_(d_logits, d_loss)
+            kernels(ctx.impl).scale_(d_logits, d_loss)
             d_logits = d_logits.detach()  # a tensor of its own, which .grad can take without a copy
-        return d_logits, None, None, None, None  # target, sample_weight, normalizer, options
+        return d_logits, None, None, None, None, None  # target, sample_weight, normalizer, options, impl
 
 
 class _LossThenGradient(torch.autograd.Function):
@@ -79,11 +82,13 @@ class _LossThenGradient(torch.autograd.Function):
         sample_weight: Tensor | None,
         normalizer: Tensor | None,
         options: SoftmaxOptions,
+        impl: str,
     ) -> Tensor:
         ctx.save_for_backward(logits, target, sample_weight, normalizer, *options.class_vectors())
         ctx.options = options
+        ctx.impl = impl
         arguments = _loss_arguments(options, sample_weight, normalizer)
-        return torch.ops.imbalance_kernels.softmax_loss(logits, target, *arguments, False)[0]
+        return kernels(impl).softmax_loss(logits, target, *arguments, False)[0]
 
     @staticmethod
     @once_differentiable
@@ -91,12 +96,12 @@ class _LossThenGradient(torch.autograd.Function):
         logits, target, sample_weight, normalizer, *_ = ctx.saved_tensors
         arguments = (logits, target, *_loss_arguments(ctx.options, sample_weight, normalizer), d_loss)
         if ctx.options.inplace and not torch.compiler.is_compiling() and not graph_is_kept():
-            torch.ops.imbalance_kernels.softmax_loss_backward_(*arguments)
+            kernels(ctx.impl).softmax_loss_backward_(*arguments)
             torch.autograd.graph.increment_version(logits)
             d_logits = logits.detach()
         else:
-            d_logits = torch.ops.imbalance_kernels.softmax_loss_backward(*arguments)
-        return d_logits, None, None, None, None  # target, sample_weight, normalizer, options
+            d_logits = kernels(ctx.impl).softmax_loss_backward(*arguments)
+        return d_logits, None, None, None, None, None  # target, sample_weight, normalizer, options, impl
 
 
 def _loss_arguments(
@@ -155,34 +160,9 @@ def softmax_loss(
         loss = reference.softmax_loss(logits, target, options, sample_weight, normalizer)
     elif not needs_grad:
         arguments = _loss_arguments(options, sample_weight, normalizer)
-        loss = torch.ops.imbalance_kernels.softmax_loss(logits, target, *arguments, False)[0]
+        loss = kernels(impl).softmax_loss(logits, target, *arguments, False)[0]
     elif options.reduction == "none" or logits.dtype == torch.float16:
-        loss = _LossThenGradient.apply(logits, target, sample_weight, normalizer, options)
+        loss = _LossThenGradient.apply(logits, target, sample_weight, normalizer, options, impl)
     else:
-        loss = _LossAndGradient.apply(logits, target, sample_weight, normalizer, options)
+        loss = _LossAndGradient.apply(logits, target, sample_weight, normalizer, options, impl)
     return loss.reshape(rows.shape) if options.reduction == "none" else loss
-
-
-if hasattr(torch.ops.imbalance_kernels, "softmax_loss"):
-
-    @torch.library.register_fake("imbalance_kernels::softmax_loss")
-    def _(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-        *_, reduction, _, with_gradient = options
-        loss = logits.new_empty(logits.shape[:1] if reduction == "none" else (), dtype=accumulate_dtype(logits.dtype))
-        return loss, logits.new_empty(logits.shape if with_gradient else (0,))
-
-    @torch.library.register_fake("imbalance_kernels::softmax_loss_")
-    def _(logits: Tensor, target: Tensor, *_: Any) -> Tensor:
-        return logits.new_empty((), dtype=accumulate_dtype(logits.dtype))
-
-    @torch.library.register_fake("imbalance_kernels::softmax_loss_backward")
-    def _(logits: Tensor, *_: Any) -> Tensor:
-        return logits.new_empty(logits.shape)
-
-    @torch.library.register_fake("imbalance_kernels::softmax_loss_backward_")
-    def _(logits: Tensor, *_: Any) -> None:
-        return None
-
-    @torch.library.register_fake("imbalance_kernels::scale_")
-    def _(gradient: Tensor, factor: Tensor) -> None:
-        return None

@@ -13,7 +13,8 @@ from torch import Tensor
 from imbalance_kernels import reference
 from imbalance_kernels.differentiation import graph_is_kept, once_differentiable, only_once
 from imbalance_kernels.ops.kernel_arguments import split_arguments
-from imbalance_kernels.options import SoftmaxOptions, accumulate_dtype
+from imbalance_kernels.ops.kernels import kernels
+from imbalance_kernels.options import SoftmaxOptions
 from imbalance_kernels.softmax_row import RowSplit
 
 __all__ = ["split_rows"]
@@ -21,11 +22,12 @@ __all__ = ["split_rows"]
 
 class _TargetAndRest(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, options: SoftmaxOptions) -> tuple[Tensor, ...]:
-        split = torch.ops.imbalance_kernels.target_and_rest(logits, target, *split_arguments(options))
+    def forward(ctx: Any, logits: Tensor, target: Tensor, options: SoftmaxOptions, impl: str) -> tuple[Tensor, ...]:
+        split = kernels(impl).target_and_rest(logits, target, *split_arguments(options))
         _, rest, shift, _, weight_sum = split
         ctx.save_for_backward(logits, target, rest, shift, *options.class_vectors())
         ctx.options = options
+        ctx.impl = impl
         ctx.mark_non_differentiable(shift, weight_sum)
         return tuple(split)
 
@@ -37,12 +39,12 @@ class _TargetAndRest(torch.autograd.Function):
         logits, target, rest, shift, *_ = ctx.saved_tensors
         arguments = (logits, target, *split_arguments(ctx.options), rest, shift, d_target, d_rest, d_weighted_logits)
         if ctx.options.inplace and not torch.compiler.is_compiling() and not graph_is_kept():
-            torch.ops.imbalance_kernels.target_and_rest_backward_(*arguments)
+            kernels(ctx.impl).target_and_rest_backward_(*arguments)
             torch.autograd.graph.increment_version(logits)
             d_logits = logits.detach()
         else:
-            d_logits = torch.ops.imbalance_kernels.target_and_rest_backward(*arguments)
-        return d_logits, None, None  # target, options
+            d_logits = kernels(ctx.impl).target_and_rest_backward(*arguments)
+        return d_logits, None, None, None  # target, options, impl
 
 
 def split_rows(logits: Tensor, target: Tensor, options: SoftmaxOptions, impl: str) -> RowSplit:
@@ -54,28 +56,9 @@ def split_rows(logits: Tensor, target: Tensor, options: SoftmaxOptions, impl: st
     if impl == "reference":
         return reference.target_and_rest(only_once(logits) if needs_grad else logits, target, options)
     if needs_grad:
-        split = _TargetAndRest.apply(logits, target, options)
+        split = _TargetAndRest.apply(logits, target, options, impl)
     else:
-        split = torch.ops.imbalance_kernels.target_and_rest(logits, target, *split_arguments(options))
+        split = kernels(impl).target_and_rest(logits, target, *split_arguments(options))
     if target.is_floating_point() or options.label_smoothing > 0:
         return RowSplit(*split)
     return RowSplit(*split[:3])
-
-
-if hasattr(torch.ops.imbalance_kernels, "target_and_rest"):
-
-    @torch.library.register_fake("imbalance_kernels::target_and_rest")
-    def _(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, ...]:
-        dtype = accumulate_dtype(logits.dtype)
-        label_smoothing = options[8]
-        weighted = logits.shape[0] if label_smoothing > 0 or target.is_floating_point() else 0
-        sizes = [logits.shape[0]] * 3 + [weighted] * 2
-        return tuple(logits.new_empty((size,), dtype=dtype) for size in sizes)
-
-    @torch.library.register_fake("imbalance_kernels::target_and_rest_backward")
-    def _(logits: Tensor, *_: Any) -> Tensor:
-        return logits.new_empty(logits.shape)
-
-    @torch.library.register_fake("imbalance_kernels::target_and_rest_backward_")
-    def _(logits: Tensor, *_: Any) -> None:
-        return None

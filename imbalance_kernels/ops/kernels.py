@@ -1,0 +1,102 @@
+"""The operations that kernels implement, one namespace of torch.ops for each implementation.
+
+The C++ extension registers torch.ops.imbalance_kernels (csrc/bindings.cpp). Here torch.ops.imbalance_kernels_triton
+gets the same schemas, and both get what torch.compile asks of an operation. Triton is imported when the first of its
+kernels runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imbalance_kernels import implementation  # loads the extension, which registers its operations
+from imbalance_kernels.options import accumulate_dtype
+
+__all__ = ["SCHEMAS", "kernels"]
+
+_SPLIT = (
+    "Tensor target, float scale, Tensor? factor, Tensor? bias, float? softcap, str margin_kind, "
+    "float[] margin_parameters, Tensor? class_margin, Tensor? class_weight, float label_smoothing, int ignore_index"
+)
+_LOSS = (
+    "str objective, float[] objective_parameters, Tensor? class_parameter, Tensor? sample_weight, Tensor? normalizer, "
+    "str reduction, float z_loss"
+)
+_SPLIT_BACKWARD = "Tensor rest, Tensor shift, Tensor d_target, Tensor d_rest, Tensor d_weighted_logits"
+
+SCHEMAS = {
+    "softmax_loss": f"(Tensor logits, {_SPLIT}, {_LOSS}, bool with_gradient) -> (Tensor loss, Tensor d_logits)",
+    "softmax_loss_": f"(Tensor(a!) logits, {_SPLIT}, {_LOSS}) -> Tensor loss",
+    "softmax_loss_backward": f"(Tensor logits, {_SPLIT}, {_LOSS}, Tensor upstream) -> Tensor d_logits",
+    "softmax_loss_backward_": f"(Tensor(a!) logits, {_SPLIT}, {_LOSS}, Tensor upstream) -> ()",
+    "scale_": "(Tensor(a!) gradient, Tensor factor) -> ()",
+    "target_and_rest": (
+        f"(Tensor logits, {_SPLIT}) -> "
+        "(Tensor target_logit, Tensor rest, Tensor shift, Tensor weighted_logits, Tensor weight_sum)"
+    ),
+    "target_and_rest_backward": f"(Tensor logits, {_SPLIT}, {_SPLIT_BACKWARD}) -> Tensor d_logits",
+    "target_and_rest_backward_": f"(Tensor(a!) logits, {_SPLIT}, {_SPLIT_BACKWARD}) -> ()",
+}
+
+_triton = torch.library.Library("imbalance_kernels_triton", "DEF")  # lives as long as the registration should
+
+
+def kernels(impl: str) -> Any:
+    """Return the namespace with the operations of an implementation, "cpu" or "triton"."""
+    if impl == "triton":
+        return torch.ops.imbalance_kernels_triton
+    return torch.ops.imbalance_kernels
+
+
+def _launcher(name: str) -> Callable[..., Any]:
+    module = "target_and_rest" if name.startswith("target_and_rest") else "softmax_loss"
+
+    def launch(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(f"imbalance_kernels.triton_kernels.{module}"), name)(*arguments)
+
+    return launch
+
+
+def _fake_softmax_loss(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    *_, reduction, _, with_gradient = options
+    loss = logits.new_empty(logits.shape[:1] if reduction == "none" else (), dtype=accumulate_dtype(logits.dtype))
+    return loss, logits.new_empty(logits.shape if with_gradient else (0,))
+
+
+def _fake_target_and_rest(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    label_smoothing = options[8]
+    weighted = logits.shape[0] if label_smoothing > 0 or target.is_floating_point() else 0
+    sizes = [logits.shape[0]] * 3 + [weighted] * 2
+    return tuple(logits.new_empty((size,), dtype=accumulate_dtype(logits.dtype)) for size in sizes)
+
+
+def _fake_gradient(logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _fake_nothing(logits: Tensor, *_: Any) -> None:
+    return None
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "softmax_loss": _fake_softmax_loss,
+    "softmax_loss_": lambda logits, *_: logits.new_empty((), dtype=accumulate_dtype(logits.dtype)),
+    "softmax_loss_backward": _fake_gradient,
+    "softmax_loss_backward_": _fake_nothing,
+    "scale_": _fake_nothing,
+    "target_and_rest": _fake_target_and_rest,
+    "target_and_rest_backward": _fake_gradient,
+    "target_and_rest_backward_": _fake_nothing,
+}
+
+for _name, _schema in SCHEMAS.items():
+    _triton.define(_name + _schema)
+    _triton.impl(_name, _launcher(_name), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"imbalance_kernels_triton::{_name}", _FAKES[_name], lib=_triton)
+    if implementation.extension() is not None:
+        torch.library.register_fake(f"imbalance_kernels::{_name}", _FAKES[_name])

@@ -1,0 +1,321 @@
+"""On a GPU, where there is one (`make gpu-check`): the table's cases, sizes beyond 2^31, graphs, streams, memory.
+
+Nothing here runs on a machine without a GPU; there the same kernels are interpreted (all other files) and compiled for
+devices that are not there (test_triton_compile.py).
+"""
+
+import math
+
+import oracle
+import pytest
+import test_softmax_loss as table
+import test_triton
+import torch
+from oracle import worst_row_error
+
+import imbalance_kernels as ik
+from imbalance_kernels.functional import softmax_loss
+from imbalance_kernels.logit_map import LogitMap
+from imbalance_kernels.objectives import REGISTRY, Focal
+from imbalance_kernels.ops.kernel_arguments import split_arguments
+from imbalance_kernels.ops.kernels import kernels
+from imbalance_kernels.options import SoftmaxOptions
+
+pytestmark = pytest.mark.gpu
+
+each_dtype = pytest.mark.parametrize("dtype", table.DTYPES, ids=str)
+each_shape = pytest.mark.parametrize("shape", [*table.SHAPES, (5, 32000), (3, 128256)], ids=str)
+
+
+def on_gpu(options):
+    return {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+
+
+def check(logits, target, reduction, ours, exact):
+    table.check(logits, target, "triton", reduction, on_gpu(ours), exact, device="cuda")
+
+
+@each_shape
+@each_dtype
+@pytest.mark.parametrize("name", REGISTRY)
+def test_objective(name, dtype, shape):
+    logits, target = table.make_case(shape, dtype)
+    objective = REGISTRY[name]()
+    for reduction in ("mean", "none"):
+        exact = {"objective": name, "parameters": objective.parameters()}
+        check(logits, target, reduction, {"objective": objective}, exact)
+
+
+@pytest.mark.parametrize("shape", [(33, 91), (4, 1000), (2, 9001), (2, 20001)], ids=str)
+@each_dtype
+@pytest.mark.parametrize("option", table.OPTIONS)
+def test_option(option, dtype, shape):
+    logits, target = table.make_case(shape, dtype)
+    options = table.OPTIONS[option](shape[1])
+    for name, reduction in (("cross_entropy", "mean"), ("focal", "none"), ("focal", "mean")):
+        exact = {"objective": name, "parameters": REGISTRY[name]().parameters(), **options}
+        check(logits, target, reduction, {"objective": REGISTRY[name](), **options}, exact)
+
+
+@pytest.mark.parametrize("shape", [(33, 91), (2, 20001)], ids=str)
+@each_dtype
+@pytest.mark.parametrize("margin", ["arc", "circle"])
+def test_margins_on_cosines(margin, dtype, shape):
+    logits, target = table.make_case(shape, dtype, cosines=True)
+    logits = logits * 0.9
+    ours = ik.AngularMargin(m2=0.4) if margin == "arc" else ik.logit_map.CircleMargin(0.25)
+    exact = {"margin": (margin, 0.4 if margin == "arc" else 0.25), "scale": 8.0}
+    for reduction in ("sum", "none"):
+        check(logits, target, reduction, {"margin": ours, "scale": 8.0}, exact)
+
+
+@pytest.mark.parametrize("shape", [(33, 91), (2, 20001)], ids=str)
+@each_dtype
+@pytest.mark.parametrize("option", ["plain", "prior", "softcap", "weighted smoothing", "z-loss"])
+def test_class_probabilities(option, dtype, shape):
+    logits, _ = table.make_case(shape, dtype)
+    target = torch.softmax(torch.randn(shape), dim=1).to(dtype)
+    options = {} if option == "plain" else table.OPTIONS[option](shape[1])
+    for reduction in ("mean", "none"):
+        check(logits, target, reduction, options, options)
+
+
+@each_dtype
+def test_weights_of_rows_and_normalizer(dtype):
+    logits, target = table.make_case((33, 91), dtype)
+    for options in (
+        {"sample_weight": torch.rand(33)},
+        {"sample_weight": torch.rand(33), "weight": torch.rand(91), "label_smoothing": 0.1, "z_loss": 0.01},
+        {"sample_weight": torch.rand(33), "normalizer": 7.0},
+    ):
+        check(logits, target, "mean", options, options)
+        check(logits, target, "sum", options, options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("function", test_triton.FUNCTIONS, ids=lambda function: function.__name__)
+def test_functions_in_units_in_the_last_place(function, dtype):
+    test_triton.check_function(function, dtype, "cuda")
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_confident_rows_keep_seven_digits(name):
+    """Against the registry in float64, at log-odds where one minus a probability has no digits left."""
+    d = torch.tensor([15.0, 16.5, 30.0, -15.0, 3.0])
+    logits = torch.stack([d, torch.zeros_like(d)], dim=1).cuda().requires_grad_()
+    objective = REGISTRY[name]()
+    loss = softmax_loss(logits, torch.zeros(5, dtype=torch.long).cuda(), objective=objective, reduction="none")
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    for found, exact in ((loss, objective.value(d.double())), (gradient[:, 0], objective.slope(d.double()))):
+        torch.testing.assert_close(found.detach().cpu().double(), exact, rtol=3e-6, atol=1e-30)
+
+
+@pytest.mark.parametrize("num_classes", test_triton.WIDTHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_across_every_block_boundary(num_classes, dtype):
+    test_triton.check_block_boundary(num_classes, dtype, "cuda")
+
+
+@pytest.mark.parametrize("num_classes", [50, 20000])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_target_outside_makes_its_row_nan_and_no_other(num_classes, smoothing):
+    test_triton.check_targets_outside(num_classes, smoothing, "cuda")
+
+
+def test_a_target_outside_raises_where_that_is_asked_for(monkeypatch):
+    monkeypatch.setenv("IMBALANCE_KERNELS_CHECK", "1")
+    with pytest.raises(IndexError, match="target 9 is out of bounds"):
+        ik.CrossEntropyLoss()(torch.randn(2, 5, device="cuda"), torch.tensor([1, 9], device="cuda"))
+
+
+# Everything that overwrites logits which other warps or programs may still have to read.
+IN_PLACE = {
+    "loss and gradient": (ik.FocalLoss, {}, torch.bfloat16),
+    "soft cap": (ik.FocalLoss, {"softcap": 20.0}, torch.float32),
+    "smoothing": (ik.CrossEntropyLoss, {"label_smoothing": 0.1}, torch.bfloat16),
+    "gradient alone": (ik.FocalLoss, {"reduction": "none"}, torch.float32),
+    "float16": (ik.CrossEntropyLoss, {}, torch.float16),
+    "angle": (ik.ArcFaceLoss, {}, torch.float32),
+}
+
+
+@pytest.mark.parametrize("case", IN_PLACE)
+@pytest.mark.parametrize("num_classes", [2, 50, 1000, 16384, 32000, 128256])
+def test_the_gradient_in_place_is_the_same(num_classes, case):
+    """A hundred times: a race would show at one of them."""
+    make, keywords, dtype = IN_PLACE[case]
+    x = torch.randn(64, num_classes, device="cuda").tanh().to(dtype)
+    target = torch.randint(num_classes, (64,), device="cuda")
+    (right,) = torch.autograd.grad(make(**keywords)(leaf := x.clone().requires_grad_(), target).sum(), leaf)
+    for _ in range(100):
+        leaf = x.clone().requires_grad_()
+        logits = leaf * 1
+        (found,) = torch.autograd.grad(make(**keywords, inplace=True)(logits, target).sum(), logits)
+        assert torch.equal(found, right)
+
+
+@pytest.mark.parametrize("num_classes", [50, 1000, 20000])
+def test_the_backward_of_the_split_in_place(num_classes):
+    """Several programs to a row, of which one owns the target."""
+    x = torch.randn(64, num_classes, device="cuda")
+    target = torch.randint(num_classes, (64,), device="cuda")
+    split = split_arguments(SoftmaxOptions(logit_map=LogitMap(softcap=5.0)))
+    found = kernels("triton").target_and_rest(x, target, *split)
+    upstream = [torch.randn(64, device="cuda") for _ in range(3)]
+    right = kernels("triton").target_and_rest_backward(x, target, *split, *found[1:3], *upstream)
+    for _ in range(100):
+        logits = x.clone()
+        kernels("triton").target_and_rest_backward_(logits, target, *split, *found[1:3], *upstream)
+        assert torch.equal(logits, right)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_classes", [7, 90, 96, 1000, 4099, 32000])
+@pytest.mark.parametrize("pad", [0, 1, 8])
+def test_a_rows_bits_are_its_own(num_classes, dtype, pad):
+    """Alone or among any number of others of its stride."""
+    storage = torch.randn(150, num_classes + pad, device="cuda").to(dtype)
+    logits, target = storage[:, :num_classes], torch.randint(num_classes, (150,), device="cuda")
+    loss = ik.FocalLoss(0.5, label_smoothing=0.1, z_loss=1e-3, reduction="none")
+    leaf = logits.detach().requires_grad_()
+    value = loss(leaf, target)
+    (gradient,) = torch.autograd.grad(value.sum(), leaf)
+    for rows in (slice(3, 4), slice(5, 7), slice(13, 80)):
+        part = logits[rows].detach().requires_grad_()
+        again = loss(part, target[rows])
+        assert torch.equal(again, value[rows])
+        assert torch.equal(torch.autograd.grad(again.sum(), part)[0], gradient[rows])
+
+
+def test_more_than_2_to_the_31_logits():
+    num_rows, num_classes = 17000, 128256
+    logits = torch.randn(num_rows, num_classes, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    target = torch.randint(num_classes, (num_rows,), device="cuda")
+    loss = ik.FocalLoss(reduction="sum")
+    (gradient,) = torch.autograd.grad(loss(logits, target), logits)
+    last = logits[-5:].detach().clone().requires_grad_()
+    (right,) = torch.autograd.grad(loss(last, target[-5:]), last)
+    assert torch.equal(gradient[-5:], right)
+
+
+def test_rows_beyond_2_to_the_31_elements():
+    """Rows so far apart that most of the memory between them is never touched."""
+    storage = torch.empty(3 << 30, device="cuda", dtype=torch.bfloat16)
+    logits = storage.as_strided((3, 1000), (1 << 30, 1)).copy_(torch.randn(3, 1000))
+    target = torch.tensor([1, 2, 999], device="cuda")
+    leaf = logits.detach().requires_grad_()
+    (found,) = torch.autograd.grad(ik.CrossEntropyLoss()(leaf, target), leaf)
+    copy = logits.contiguous().requires_grad_()
+    (right,) = torch.autograd.grad(ik.CrossEntropyLoss()(copy, target), copy)
+    torch.testing.assert_close(found, right, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("num_classes", [91, 32000])
+def test_in_a_graph(num_classes, reduction):
+    """Captured once, replayed with other logits, targets and upstream gradients."""
+    prior = torch.softmax(torch.randn(num_classes), 0)
+    loss = ik.FocalLoss(prior=prior, reduction=reduction, label_smoothing=0.1).cuda()
+    x = torch.randn(40, num_classes, device="cuda").requires_grad_()
+    target = torch.randint(num_classes, (40,), device="cuda")
+    upstream = torch.ones((40,) if reduction == "none" else (), device="cuda")
+
+    def step():
+        return torch.autograd.grad(loss(x, target), x, upstream)[0]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    for _ in range(3):
+        with torch.no_grad():
+            x.normal_()
+            target.random_(num_classes)
+            upstream.uniform_()
+        graph.replay()
+        assert torch.equal(found, step())
+
+
+def test_on_another_stream():
+    stream = torch.cuda.Stream()
+    x, target = torch.randn(2000, 8142, device="cuda"), torch.randint(8142, (2000,), device="cuda")
+    right = ik.CrossEntropyLoss()(x, target)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        late = x.mul(1.0).mul(1.0)
+        found = ik.CrossEntropyLoss()(late, target)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(found, right)
+
+
+def test_nothing_waits_for_the_device():
+    losses = [
+        ik.FocalLoss(prior=torch.softmax(torch.randn(1000), 0), reduction=r, impl="triton").cuda()
+        for r in ("mean", "none")
+    ]
+    x = torch.randn(40, 1000, device="cuda").requires_grad_()
+    target = torch.randint(1000, (40,), device="cuda")
+    half = x.detach().half().requires_grad_()
+    for loss in losses:
+        for leaf in (x, half):
+            loss(leaf, target).sum().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for loss in losses:
+            for leaf in (x, half):
+                loss(leaf, target).sum().backward()
+        softmax_loss(x, target, normalizer=torch.ones((), device="cuda"), sample_weight=torch.ones(40, device="cuda"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("inplace, gradients", [(False, 1), (True, 0)])
+def test_memory_is_one_gradient_and_in_place_none(inplace, gradients):
+    logits = torch.randn(2048, 32000, device="cuda")
+    logits = torch.zeros((), device="cuda", requires_grad=True) + logits  # no leaf
+    target = torch.randint(32000, (2048,), device="cuda")
+    loss = ik.FocalLoss(prior=torch.softmax(torch.randn(32000), 0), inplace=inplace).cuda()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    (gradient,) = torch.autograd.grad(loss(logits, target), logits)
+    extra = torch.cuda.max_memory_allocated() - before
+    assert extra < (gradients + 0.02) * logits.numel() * 4
+    assert (gradient.data_ptr() == logits.data_ptr()) == inplace
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled(backend):
+    loss = ik.FocalLoss(prior=torch.softmax(torch.randn(91), 0), label_smoothing=0.1)
+    weight = torch.randn(91, 16, device="cuda").requires_grad_()
+    step = lambda h, target: loss(h @ weight.t(), target)  # noqa: E731
+    run = torch.compile(step, fullgraph=True, backend=backend)
+    for num_rows in (9, 40, 33):
+        h, target = torch.randn(num_rows, 16, device="cuda"), torch.randint(91, (num_rows,), device="cuda")
+        (found,) = torch.autograd.grad(run(h, target), weight)
+        (right,) = torch.autograd.grad(step(h, target), weight)
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5 * float(right.abs().max()))
+
+
+def test_float16_with_a_gradient_scaler():
+    head = torch.nn.Linear(32, 1000, device="cuda")
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**16)
+    h, target = torch.randn(4096, 32, device="cuda"), torch.randint(1000, (4096,), device="cuda")
+    with torch.autocast("cuda", dtype=torch.float16):
+        logits = head(h)
+        loss = ik.CrossEntropyLoss()(logits, target)
+    scaler.scale(loss).backward()
+    exact = oracle.loss_and_gradient(logits.detach().cpu(), 1.0, target=target.cpu())[1]
+    right = exact.t() @ h.cpu().double()
+    found = head.weight.grad.cpu().double() / scaler.get_scale()
+    assert worst_row_error(found, right) < 2e-2
+
+
+def test_the_default_on_a_gpu_is_triton():
+    logits = torch.randn(3, 5, device="cuda")
+    assert ik.implementation.choose(None, logits) == "triton"
+    losses = softmax_loss(logits, torch.tensor([0, 1, -100], device="cuda"), objective=Focal(), reduction="none")
+    assert losses.is_cuda and math.isfinite(losses.sum())
