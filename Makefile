@@ -7,6 +7,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 CSRC := $(wildcard csrc/*.[ch]* csrc/*/*.[ch]*)
+EMULATION := $(wildcard tests/emulation/*.h tests/emulation/*.cu)
 
 .PHONY: help venv test test-full demo bench gpu-check triton-versions mutants lint format wheel clean
 
@@ -67,13 +68,13 @@ mutants: venv  ## break each formula in turn and see that the tests notice
 lint: $(VENV)/.installed  ## check style and types
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
-	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC)
+	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC) $(EMULATION)
 	$(PY) -m mypy
 
 format: $(VENV)/.installed  ## rewrite the sources in the project's style
 	$(PY) -m ruff check --fix
 	$(PY) -m ruff format
-	$(VENV)/bin/clang-format -i $(CSRC)
+	$(VENV)/bin/clang-format -i $(CSRC) $(EMULATION)
 
 wheel: venv  ## build both wheels into dist/: pure Python, and with the extension for this Python
 	rm -rf build/lib*  # setuptools would pack files deleted since

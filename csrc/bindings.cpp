@@ -1,20 +1,21 @@
-// The only file that knows torch: checks, allocation, threads, the registration of the operations, and build
-// information.
+// The only file that knows torch: checks, allocation, threads and streams, the registration of the operations, and
+// build information.
 //
 // The Python side (imbalance_kernels/ops) checks arguments with messages for users; what is checked here keeps memory
-// safe when an operation is called directly. Targets are checked here for both: reading them is part of the kernel's
-// work.
+// safe when an operation is called directly. On the CPU targets are checked here for both, since reading them is part
+// of the kernel's work; on a GPU nobody reads them but the kernels, which make the rows of wrong ones NaN.
+//
+// setup.py defines IMBALANCE_WITH_CUDA, the architectures, where it builds the CUDA kernels. Tests define
+// IMBALANCE_EMULATED beside it: then those kernels are the only ones, run on the CPU (tests/emulation), and there is no
+// CUDA runtime and no Python module.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 #include <torch/version.h>
 
-#include <map>
 #include <string>
 #include <vector>
 
@@ -24,25 +25,39 @@
 
 #include "cpu/softmax_loss.h"
 
+#if defined(IMBALANCE_WITH_CUDA)
+#include "cuda/softmax_loss.h"
+#endif
+
+#if !defined(IMBALANCE_EMULATED)
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#if defined(IMBALANCE_WITH_CUDA)
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+#endif
+
 namespace imbalance {
 namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kHugePage = 2 << 20;
-constexpr int64_t kGrain = 16384;  // logits that are worth a thread
+// ---------------------------------------------------------------- arguments, on either device
 
-cpu::Dtype dtype_of(const Tensor& logits) {
+Dtype dtype_of(const Tensor& logits) {
   switch (logits.scalar_type()) {
     case at::kFloat:
-      return cpu::Dtype::float32;
+      return Dtype::float32;
     case at::kDouble:
-      return cpu::Dtype::float64;
+      return Dtype::float64;
     case at::kBFloat16:
-      return cpu::Dtype::bfloat16;
+      return Dtype::bfloat16;
     case at::kHalf:
-      return cpu::Dtype::float16;
+      return Dtype::float16;
     default:
       TORCH_CHECK_TYPE(false, "input has dtype ", logits.scalar_type(), ", which the kernels do not take");
   }
@@ -50,6 +65,27 @@ cpu::Dtype dtype_of(const Tensor& logits) {
 
 at::ScalarType accumulate_type(const Tensor& logits) {
   return logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// A result that is accumulated: () or a vector.
+Tensor empty_result(const Tensor& logits, at::IntArrayRef sizes) {
+  return at::empty(sizes, logits.options().dtype(accumulate_type(logits)));
+}
+
+void check_rows(const Tensor& logits) {
+  TORCH_CHECK_VALUE(logits.dim() == 2 && (logits.size(1) <= 1 || logits.stride(1) == 1), "logits must be (N, C) rows");
+}
+
+void check_device(const char* name, const Tensor& tensor, const Tensor& logits) {
+  TORCH_CHECK_VALUE(tensor.device() == logits.device(), name, " is on ", tensor.device(), ", but logits are on ",
+                    logits.device());
+}
+
+// One number that stays on its device, in the type that is accumulated.
+Tensor number(const char* name, const Tensor& tensor, const Tensor& logits) {
+  TORCH_CHECK_VALUE(tensor.numel() == 1, name, " must be one number");
+  check_device(name, tensor, logits);
+  return tensor.to(accumulate_type(logits));
 }
 
 // The arguments that split a row, as the schema has them.
@@ -68,16 +104,15 @@ at::ScalarType accumulate_type(const Tensor& logits) {
 // What the kernels get, and the tensors that own its memory.
 class Split {
  public:
-  cpu::SplitArguments arguments{};
+  SplitArguments arguments{};
 
   Split(const Tensor& logits, SPLIT_PARAMETERS) : logits_(logits) {
-    TORCH_CHECK_VALUE(logits.dim() == 2 && (logits.size(1) <= 1 || logits.stride(1) == 1),
-                      "logits must be (N, C) rows");
+    check_rows(logits);
     arguments.dtype = dtype_of(logits);
     arguments.classes = logits.size(1);
     arguments.logits = logits.const_data_ptr();
     arguments.row_stride = logits.stride(0);
-    TORCH_CHECK_VALUE(target.device().is_cpu(), "target must be on the CPU");
+    check_device("target", target, logits);
     if (at::isFloatingType(target.scalar_type())) {
       TORCH_CHECK_VALUE(target.sizes() == logits.sizes(), "class probabilities must have the logits' shape");
       arguments.probabilities_are_logits_dtype = target.scalar_type() == logits.scalar_type();
@@ -112,33 +147,12 @@ class Split {
     return constant(name, *vector);
   }
 
+  const void* scalar(const char* name, const OptionalTensor& scalar) {
+    return scalar ? keep(number(name, *scalar, logits_)).const_data_ptr() : nullptr;
+  }
+
   int64_t rows() const { return logits_.size(0); }
   bool has_weights() const { return arguments.target == nullptr || arguments.label_smoothing > 0; }
-
-  void check_targets() const {
-    if (arguments.target == nullptr) return;
-    const auto outside = [this](int64_t row) {
-      const int64_t target = arguments.target[row];
-      return (target < 0 || target >= arguments.classes) && target != arguments.ignore_index;
-    };
-    bool any = false;
-    for (int64_t row = 0; row < rows(); ++row) any |= outside(row);
-    for (int64_t row = 0; any && row < rows(); ++row) {
-      TORCH_CHECK_INDEX(!outside(row), "target ", arguments.target[row], " is out of bounds: it must be in [0, ",
-                        arguments.classes, ") or ignore_index=", arguments.ignore_index);
-    }
-  }
-
-  // Calls body(first_row, last_row, scratch) over all rows, from torch's threads.
-  template <class Body>
-  void for_rows(const Body& body) const {
-    const int64_t bytes = (static_cast<int64_t>(cpu::kernels()->scratch_bytes(arguments)) + 63) / 64 * 64;
-    const Tensor scratch = at::empty({at::get_num_threads() * bytes}, at::kByte);
-    uint8_t* const memory = scratch.mutable_data_ptr<uint8_t>();
-    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, arguments.classes));
-    at::parallel_for(0, rows(), grain,
-                     [&](int64_t first, int64_t last) { body(first, last, memory + at::get_thread_num() * bytes); });
-  }
 
  private:
   const Tensor logits_;
@@ -148,7 +162,7 @@ class Split {
 
   const void* constant(const char* name, const Tensor& vector) {
     TORCH_CHECK_TYPE(vector.scalar_type() == accumulate_type(logits_), name, " must be ", accumulate_type(logits_));
-    TORCH_CHECK_VALUE(vector.device().is_cpu(), name, " must be on the CPU");
+    check_device(name, vector, logits_);
     return keep(vector).const_data_ptr();
   }
 
@@ -169,20 +183,6 @@ ObjectiveKind objective_of(std::string_view name) {
   TORCH_CHECK_VALUE(false, "objective is '", name, "', which the kernels do not know");
 }
 
-// A gradient of the logits' shape. Page faults on fresh memory cost more than the arithmetic: ask for huge pages.
-Tensor empty_gradient(const Tensor& logits) {
-  Tensor gradient = at::empty(logits.sizes(), logits.options());
-#if defined(__linux__)
-  const auto begin = reinterpret_cast<uintptr_t>(gradient.mutable_data_ptr());
-  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t last = (begin + gradient.nbytes()) / kHugePage * kHugePage;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-  return gradient;
-}
-
-// ---------------------------------------------------------------- softmax_loss
-
 #define LOSS_SCHEMA                                                                                                   \
   "str objective, float[] objective_parameters, Tensor? class_parameter, Tensor? sample_weight, Tensor? normalizer, " \
   "str reduction, float z_loss"
@@ -190,6 +190,31 @@ Tensor empty_gradient(const Tensor& logits) {
   std::string_view objective, at::ArrayRef<double> objective_parameters, const OptionalTensor &class_parameter, \
       const OptionalTensor &sample_weight, const OptionalTensor &normalizer, std::string_view reduction, double z_loss
 #define LOSS_NAMES objective, objective_parameters, class_parameter, sample_weight, normalizer, reduction, z_loss
+
+// What both devices' LossArguments have in common.
+template <class LossArguments>
+LossArguments loss_arguments(Split& split, const Tensor& d_logits, LOSS_PARAMETERS) {
+  TORCH_CHECK_VALUE(reduction == "none" || reduction == "sum" || reduction == "mean", "reduction is '", reduction, "'");
+  TORCH_CHECK_VALUE(!normalizer || normalizer->numel() == 1, "normalizer must be one number");
+  LossArguments loss{};
+  loss.split = split.arguments;
+  loss.objective = objective_of(objective);
+  TORCH_CHECK_VALUE(objective_parameters.size() <= 2, "objective_parameters holds more than 2 numbers");
+  std::copy(objective_parameters.begin(), objective_parameters.end(), loss.objective_parameters);
+  loss.class_parameter = split.class_vector("class_parameter", class_parameter);
+  loss.sample_weight = split.row_vector("sample_weight", sample_weight);
+  loss.z_loss = z_loss;
+  if (d_logits.defined()) {
+    loss.d_logits = d_logits.mutable_data_ptr();
+    loss.gradient_stride = d_logits.stride(0);
+  }
+  return loss;
+}
+
+// ---------------------------------------------------------------- the CPU
+
+constexpr int64_t kHugePage = 2 << 20;
+constexpr int64_t kGrain = 16384;  // logits that are worth a thread
 
 // The sum of value(i) for i < n in double, in an order that depends on n alone.
 template <class Value>
@@ -219,100 +244,226 @@ double divisor_of(const cpu::LossArguments& loss, int64_t rows) {
   });
 }
 
-// The loss: () for "mean" and "sum", (N,) for "none". The gradient of the logits goes to d_logits where that is
-// defined, for an upstream gradient of the loss's shape, or of one where that is absent.
-template <class T>
-Tensor loss_and_gradient(const Tensor& logits, const Tensor& d_logits, const OptionalTensor& upstream, SPLIT_PARAMETERS,
-                         LOSS_PARAMETERS) {
-  TORCH_CHECK_VALUE(reduction == "none" || reduction == "sum" || reduction == "mean", "reduction is '", reduction, "'");
-  const bool reduced = reduction != "none";
-  Split split(logits, SPLIT_NAMES);
-  cpu::LossArguments loss{};
-  loss.objective = objective_of(objective);
-  TORCH_CHECK_VALUE(objective_parameters.size() <= 2, "objective_parameters holds more than 2 numbers");
-  std::copy(objective_parameters.begin(), objective_parameters.end(), loss.objective_parameters);
-  loss.class_parameter = split.class_vector("class_parameter", class_parameter);
-  loss.sample_weight = split.row_vector("sample_weight", sample_weight);
-  if (upstream && !reduced) loss.upstream = split.row_vector("upstream", upstream);
-  loss.split = split.arguments;
-  split.check_targets();
-  double divisor = 1;
-  if (normalizer) {
-    divisor = normalizer->item<double>();
-  } else if (reduction == "mean") {
-    divisor = divisor_of<T>(loss, split.rows());
+struct Cpu {
+  // Page faults on fresh memory cost more than the arithmetic: asks for huge pages.
+  static Tensor empty_gradient(const Tensor& logits) {
+    Tensor gradient = at::empty(logits.sizes(), logits.options());
+#if defined(__linux__)
+    const auto begin = reinterpret_cast<uintptr_t>(gradient.mutable_data_ptr());
+    const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+    const uintptr_t last = (begin + gradient.nbytes()) / kHugePage * kHugePage;
+    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+    return gradient;
   }
-  if (normalizer && divisor == 0) {  // gives 0, whatever the rows hold
-    if (d_logits.defined()) d_logits.zero_();
-    return at::zeros({}, logits.options().dtype(accumulate_type(logits)));
-  }
-  loss.inverse_divisor = 1 / divisor;
-  if (upstream && reduced) loss.inverse_divisor *= upstream->item<double>();
-  loss.z_loss = z_loss;
-  const Tensor losses = at::empty({split.rows()}, logits.options().dtype(accumulate_type(logits)));
-  loss.losses = losses.mutable_data_ptr();
-  if (d_logits.defined()) {
-    loss.d_logits = d_logits.mutable_data_ptr();
-    loss.gradient_stride = d_logits.stride(0);
-  }
-  const auto run = cpu::kernels()->loss[static_cast<int>(loss.split.dtype)];
-  split.for_rows([&](int64_t first, int64_t last, void* scratch) { run(loss, first, last, scratch); });
-  if (!reduced) return losses;
-  const T* const row_losses = losses.const_data_ptr<T>();
-  const double total = sum_of(split.rows(), [&](int64_t row) { return row_losses[row]; });
-  return at::empty({}, losses.options()).fill_(total / divisor);
-}
 
-Tensor dispatch_loss(const Tensor& logits, const Tensor& d_logits, const OptionalTensor& upstream, SPLIT_PARAMETERS,
+  static void check_targets(const Split& split) {
+    const SplitArguments& arguments = split.arguments;
+    if (arguments.target == nullptr) return;
+    const auto outside = [&arguments](int64_t row) {
+      const int64_t target = arguments.target[row];
+      return (target < 0 || target >= arguments.classes) && target != arguments.ignore_index;
+    };
+    bool any = false;
+    for (int64_t row = 0; row < split.rows(); ++row) any |= outside(row);
+    for (int64_t row = 0; any && row < split.rows(); ++row) {
+      TORCH_CHECK_INDEX(!outside(row), "target ", arguments.target[row], " is out of bounds: it must be in [0, ",
+                        arguments.classes, ") or ignore_index=", arguments.ignore_index);
+    }
+  }
+
+  // Calls body(first_row, last_row, scratch) over all rows, from torch's threads.
+  template <class Body>
+  static void for_rows(const Split& split, const Body& body) {
+    const int64_t bytes = (static_cast<int64_t>(cpu::kernels()->scratch_bytes(split.arguments)) + 63) / 64 * 64;
+    const Tensor scratch = at::empty({at::get_num_threads() * bytes}, at::kByte);
+    uint8_t* const memory = scratch.mutable_data_ptr<uint8_t>();
+    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, split.arguments.classes));
+    at::parallel_for(0, split.rows(), grain,
+                     [&](int64_t first, int64_t last) { body(first, last, memory + at::get_thread_num() * bytes); });
+  }
+
+  template <class T>
+  static Tensor loss_in(const Tensor& logits, const Tensor& d_logits, const OptionalTensor& upstream, SPLIT_PARAMETERS,
+                        LOSS_PARAMETERS) {
+    Split split(logits, SPLIT_NAMES);
+    auto loss = loss_arguments<cpu::LossArguments>(split, d_logits, LOSS_NAMES);
+    const bool reduced = reduction != "none";
+    if (upstream && !reduced) loss.upstream = split.row_vector("upstream", upstream);
+    check_targets(split);
+    double divisor = 1;
+    if (normalizer) {
+      divisor = normalizer->item<double>();
+    } else if (reduction == "mean") {
+      divisor = divisor_of<T>(loss, split.rows());
+    }
+    if (normalizer && divisor == 0) {  // gives 0, whatever the rows hold
+      if (d_logits.defined()) d_logits.zero_();
+      return empty_result(logits, {}).zero_();
+    }
+    loss.inverse_divisor = 1 / divisor;
+    if (upstream && reduced) loss.inverse_divisor *= upstream->item<double>();
+    const Tensor losses = empty_result(logits, {split.rows()});
+    loss.losses = losses.mutable_data_ptr();
+    const auto run = cpu::kernels()->loss[static_cast<int>(loss.split.dtype)];
+    for_rows(split, [&](int64_t first, int64_t last, void* scratch) { run(loss, first, last, scratch); });
+    if (!reduced) return losses;
+    const T* const row_losses = losses.const_data_ptr<T>();
+    const double total = sum_of(split.rows(), [&](int64_t row) { return row_losses[row]; });
+    return empty_result(logits, {}).fill_(total / divisor);
+  }
+
+  static Tensor loss(const Tensor& logits, const Tensor& d_logits, const OptionalTensor& upstream, SPLIT_PARAMETERS,
                      LOSS_PARAMETERS) {
-  const auto run = logits.scalar_type() == at::kDouble ? &loss_and_gradient<double> : &loss_and_gradient<float>;
-  return run(logits, d_logits, upstream, SPLIT_NAMES, LOSS_NAMES);
-}
+    const auto run = logits.scalar_type() == at::kDouble ? &loss_in<double> : &loss_in<float>;
+    return run(logits, d_logits, upstream, SPLIT_NAMES, LOSS_NAMES);
+  }
 
-std::tuple<Tensor, Tensor> softmax_loss_cpu(const Tensor& logits, SPLIT_PARAMETERS, LOSS_PARAMETERS,
-                                            bool with_gradient) {
-  const Tensor d_logits = with_gradient ? empty_gradient(logits) : Tensor();
-  const Tensor loss = dispatch_loss(logits, d_logits, std::nullopt, SPLIT_NAMES, LOSS_NAMES);
+  static void split_rows(const Split& split, const SplitVectors& out) {
+    check_targets(split);
+    const auto run = cpu::kernels()->split[static_cast<int>(split.arguments.dtype)];
+    for_rows(split,
+             [&](int64_t first, int64_t last, void* scratch) { run(split.arguments, out, first, last, scratch); });
+  }
+
+  static void split_backward_rows(const Split& split, const SplitBackwardArguments& backward) {
+    check_targets(split);
+    const auto run = cpu::kernels()->split_backward[static_cast<int>(split.arguments.dtype)];
+    for_rows(split, [&](int64_t first, int64_t last, void* scratch) { run(backward, first, last, scratch); });
+  }
+
+  static void scale(const Tensor& gradient, const Tensor& factor) {
+    if (factor.item<double>() != 1) gradient.mul_(factor);
+  }
+};
+
+// ---------------------------------------------------------------- CUDA
+
+#if defined(IMBALANCE_WITH_CUDA)
+
+#if defined(IMBALANCE_EMULATED)
+cudaStream_t current_stream() { return nullptr; }
+void check_launch(cudaError_t error) { TORCH_CHECK(error == cudaSuccess, "CUDA error ", static_cast<int>(error)); }
+#else
+cudaStream_t current_stream() { return c10::cuda::getCurrentCUDAStream(); }
+void check_launch(cudaError_t error) { C10_CUDA_CHECK(error); }
+#endif
+
+// Nothing here waits for the device, so numbers that decide (a normalizer, an upstream gradient of one) stay there.
+// What is allocated is of the stream that kernels run on: it may be freed while they still run.
+struct Cuda {
+  static Tensor empty_gradient(const Tensor& logits) { return at::empty(logits.sizes(), logits.options()); }
+
+  // The sum of numbers (n,), divided by what the loss is.
+  static Tensor sum(const Tensor& numbers, const cuda::LossArguments& loss) {
+    const Tensor result = at::empty({}, numbers.options());
+    const Tensor workspace = at::empty({cuda::sum_workspace(numbers.numel())}, numbers.options());
+    check_launch(cuda::sum(dtype_of(numbers), numbers.const_data_ptr(), numbers.numel(), loss.normalizer, loss.divisor,
+                           workspace.mutable_data_ptr(), result.mutable_data_ptr(), current_stream()));
+    return result;
+  }
+
+  static Tensor mean_divisor(const Tensor& logits, const cuda::LossArguments& loss) {
+    const int64_t rows = logits.size(0);
+    const Tensor sums = empty_result(logits, {rows == 0 ? 0 : cuda::partial_sums(rows)});
+    check_launch(cuda::weight_sums(loss, rows, sums.mutable_data_ptr(), current_stream()));
+    return sums.numel() == 1 ? sums : sum(sums, {});
+  }
+
+  // With an upstream gradient there is no loss, which is then known already.
+  static Tensor loss(const Tensor& logits, const Tensor& d_logits, const OptionalTensor& upstream, SPLIT_PARAMETERS,
+                     LOSS_PARAMETERS) {
+    const c10::DeviceGuard guard(logits.device());
+    Split split(logits, SPLIT_NAMES);
+    auto loss = loss_arguments<cuda::LossArguments>(split, d_logits, LOSS_NAMES);
+    const bool reduced = reduction != "none";
+    loss.normalizer = split.scalar("normalizer", normalizer);
+    loss.upstream = reduced ? split.scalar("upstream", upstream) : split.row_vector("upstream", upstream);
+    loss.upstream_step = reduced ? 0 : 1;
+    Tensor losses, divisor;
+    if (!upstream) {
+      losses = empty_result(logits, {split.rows()});
+      loss.losses = losses.mutable_data_ptr();
+    }
+    if (reduction == "mean" && !normalizer) {
+      divisor = mean_divisor(logits, loss);
+      loss.divisor = divisor.const_data_ptr();
+    }
+    check_launch(cuda::loss_rows(loss, split.rows(), current_stream()));
+    return reduced && !upstream ? sum(losses, loss) : losses;
+  }
+
+  static void split_rows(const Split& split, const SplitVectors& out) {
+    check_launch(cuda::split_rows(split.arguments, out, split.rows(), current_stream()));
+  }
+
+  static void split_backward_rows(const Split& split, const SplitBackwardArguments& backward) {
+    check_launch(cuda::split_backward_rows(backward, split.rows(), current_stream()));
+  }
+
+  static void scale(const Tensor& gradient, const Tensor& factor) {
+    const Tensor by = number("factor", factor, gradient);
+    check_launch(cuda::scale(dtype_of(gradient), gradient.mutable_data_ptr(), gradient.stride(0), gradient.size(0),
+                             gradient.size(1), by.const_data_ptr(), current_stream()));
+  }
+};
+
+#endif  // IMBALANCE_WITH_CUDA
+
+// ---------------------------------------------------------------- softmax_loss
+
+// Device::loss returns the loss, () for "mean" and "sum", (N,) for "none". The gradient of the logits goes to d_logits
+// where that is defined, for an upstream gradient of the loss's shape, or of one where that is absent.
+
+template <class Device>
+std::tuple<Tensor, Tensor> softmax_loss(const Tensor& logits, SPLIT_PARAMETERS, LOSS_PARAMETERS, bool with_gradient) {
+  const Tensor d_logits = with_gradient ? Device::empty_gradient(logits) : Tensor();
+  const Tensor loss = Device::loss(logits, d_logits, std::nullopt, SPLIT_NAMES, LOSS_NAMES);
   return {loss, with_gradient ? d_logits : at::empty({0}, logits.options())};
 }
 
 // The same, with the gradient in the logits' memory.
-Tensor softmax_loss_cpu_(const Tensor& logits, SPLIT_PARAMETERS, LOSS_PARAMETERS) {
+template <class Device>
+Tensor softmax_loss_(const Tensor& logits, SPLIT_PARAMETERS, LOSS_PARAMETERS) {
   TORCH_CHECK_VALUE(reduction != "none", "softmax_loss_ needs the upstream gradient of 'none': softmax_loss_backward_");
-  return dispatch_loss(logits, logits, std::nullopt, SPLIT_NAMES, LOSS_NAMES);
+  return Device::loss(logits, logits, std::nullopt, SPLIT_NAMES, LOSS_NAMES);
 }
 
 // The gradient alone, once the upstream gradient is known.
-Tensor softmax_loss_backward_cpu(const Tensor& logits, SPLIT_PARAMETERS, LOSS_PARAMETERS, const Tensor& upstream) {
-  const Tensor d_logits = empty_gradient(logits);
-  dispatch_loss(logits, d_logits, upstream, SPLIT_NAMES, LOSS_NAMES);
+template <class Device>
+Tensor softmax_loss_backward(const Tensor& logits, SPLIT_PARAMETERS, LOSS_PARAMETERS, const Tensor& upstream) {
+  const Tensor d_logits = Device::empty_gradient(logits);
+  Device::loss(logits, d_logits, upstream, SPLIT_NAMES, LOSS_NAMES);
   return d_logits;
 }
 
-void softmax_loss_backward_cpu_(const Tensor& logits, SPLIT_PARAMETERS, LOSS_PARAMETERS, const Tensor& upstream) {
-  dispatch_loss(logits, logits, upstream, SPLIT_NAMES, LOSS_NAMES);
+template <class Device>
+void softmax_loss_backward_(const Tensor& logits, SPLIT_PARAMETERS, LOSS_PARAMETERS, const Tensor& upstream) {
+  Device::loss(logits, logits, upstream, SPLIT_NAMES, LOSS_NAMES);
 }
 
 // Multiplies a gradient by an upstream gradient; returns at once where that is one.
-void scale_cpu_(const Tensor& gradient, const Tensor& factor) {
+template <class Device>
+void scale_(const Tensor& gradient, const Tensor& factor) {
+  check_rows(gradient);
   TORCH_CHECK_VALUE(factor.numel() == 1, "factor must be one number");
-  if (factor.item<double>() != 1) const_cast<Tensor&>(gradient).mul_(factor);
+  const c10::DeviceGuard guard(gradient.device());
+  Device::scale(gradient, factor);
 }
 
 // ---------------------------------------------------------------- target_and_rest
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> target_and_rest_cpu(const Tensor& logits, SPLIT_PARAMETERS) {
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> target_and_rest(const Tensor& logits, SPLIT_PARAMETERS) {
+  const c10::DeviceGuard guard(logits.device());
   const Split split(logits, SPLIT_NAMES);
-  split.check_targets();
-  const auto options = logits.options().dtype(accumulate_type(logits));
-  const auto vector = [&](bool present) { return at::empty({present ? split.rows() : 0}, options); };
+  const auto vector = [&](bool present) { return empty_result(logits, {present ? split.rows() : 0}); };
   const Tensor target_logit = vector(true), rest = vector(true), shift = vector(true);
   const Tensor weighted_logits = vector(split.has_weights()), weight_sum = vector(split.has_weights());
-  const cpu::SplitVectors out{target_logit.mutable_data_ptr(), rest.mutable_data_ptr(), shift.mutable_data_ptr(),
-                              split.has_weights() ? weighted_logits.mutable_data_ptr() : nullptr,
-                              split.has_weights() ? weight_sum.mutable_data_ptr() : nullptr};
-  const auto run = cpu::kernels()->split[static_cast<int>(split.arguments.dtype)];
-  split.for_rows([&](int64_t first, int64_t last, void* scratch) { run(split.arguments, out, first, last, scratch); });
+  const SplitVectors out{target_logit.mutable_data_ptr(), rest.mutable_data_ptr(), shift.mutable_data_ptr(),
+                         split.has_weights() ? weighted_logits.mutable_data_ptr() : nullptr,
+                         split.has_weights() ? weight_sum.mutable_data_ptr() : nullptr};
+  Device::split_rows(split, out);
   return {target_logit, rest, shift, weighted_logits, weight_sum};
 }
 
@@ -321,10 +472,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> target_and_rest_cpu(const Ten
   const Tensor &rest, const Tensor &shift, const Tensor &d_target, const Tensor &d_rest, const Tensor &d_weighted_logits
 #define SPLIT_BACKWARD_NAMES rest, shift, d_target, d_rest, d_weighted_logits
 
+template <class Device>
 void split_gradient(const Tensor& logits, const Tensor& d_logits, SPLIT_PARAMETERS, SPLIT_BACKWARD_PARAMETERS) {
+  const c10::DeviceGuard guard(logits.device());
   Split split(logits, SPLIT_NAMES);
-  split.check_targets();
-  cpu::SplitBackwardArguments backward{};
+  SplitBackwardArguments backward{};
+  backward.split = split.arguments;
   backward.rest = split.row_vector("rest", rest);
   backward.shift = split.row_vector("shift", shift);
   backward.d_target = split.row_vector("d_target", d_target);
@@ -332,45 +485,24 @@ void split_gradient(const Tensor& logits, const Tensor& d_logits, SPLIT_PARAMETE
   if (split.has_weights()) backward.d_weighted = split.row_vector("d_weighted_logits", d_weighted_logits);
   backward.d_logits = d_logits.mutable_data_ptr();
   backward.gradient_stride = d_logits.stride(0);
-  backward.split = split.arguments;
-  const auto run = cpu::kernels()->split_backward[static_cast<int>(backward.split.dtype)];
-  split.for_rows([&](int64_t first, int64_t last, void* scratch) { run(backward, first, last, scratch); });
+  Device::split_backward_rows(split, backward);
 }
 
-Tensor target_and_rest_backward_cpu(const Tensor& logits, SPLIT_PARAMETERS, SPLIT_BACKWARD_PARAMETERS) {
-  const Tensor d_logits = empty_gradient(logits);
-  split_gradient(logits, d_logits, SPLIT_NAMES, SPLIT_BACKWARD_NAMES);
+template <class Device>
+Tensor target_and_rest_backward(const Tensor& logits, SPLIT_PARAMETERS, SPLIT_BACKWARD_PARAMETERS) {
+  const Tensor d_logits = Device::empty_gradient(logits);
+  split_gradient<Device>(logits, d_logits, SPLIT_NAMES, SPLIT_BACKWARD_NAMES);
   return d_logits;
 }
 
-void target_and_rest_backward_cpu_(const Tensor& logits, SPLIT_PARAMETERS, SPLIT_BACKWARD_PARAMETERS) {
-  split_gradient(logits, logits, SPLIT_NAMES, SPLIT_BACKWARD_NAMES);
+template <class Device>
+void target_and_rest_backward_(const Tensor& logits, SPLIT_PARAMETERS, SPLIT_BACKWARD_PARAMETERS) {
+  split_gradient<Device>(logits, logits, SPLIT_NAMES, SPLIT_BACKWARD_NAMES);
 }
 
-// ---------------------------------------------------------------- build information
+// ---------------------------------------------------------------- registration
 
-std::map<std::string, std::string> build_info() {
-  return {{"torch", TORCH_VERSION},
-#if defined(__clang__)
-          {"compiler", "clang " __clang_version__},
-#else
-          {"compiler", "gcc " __VERSION__},
-#endif
-          {"instruction_set", cpu::kernels()->name}};
-}
-
-std::vector<std::string> instruction_sets() {
-  int count = 0;
-  const char* const* names = cpu::instruction_sets(&count);
-  return {names, names + count};
-}
-
-std::vector<std::string> objective_names() { return {std::begin(kObjectiveNames), std::end(kObjectiveNames)}; }
-
-}  // namespace
-}  // namespace imbalance
-
-TORCH_LIBRARY(imbalance_kernels, m) {
+void define_operations(torch::Library& m) {
   m.def("softmax_loss(Tensor logits, " SPLIT_SCHEMA ", " LOSS_SCHEMA
         ", bool with_gradient) -> (Tensor loss, Tensor d_logits)");
   m.def("softmax_loss_(Tensor(a!) logits, " SPLIT_SCHEMA ", " LOSS_SCHEMA ") -> Tensor loss");
@@ -383,24 +515,66 @@ TORCH_LIBRARY(imbalance_kernels, m) {
   m.def("target_and_rest_backward_(Tensor(a!) logits, " SPLIT_SCHEMA ", " SPLIT_BACKWARD_SCHEMA ") -> ()");
 }
 
-TORCH_LIBRARY_IMPL(imbalance_kernels, CPU, m) {
-  m.impl("softmax_loss", &imbalance::softmax_loss_cpu);
-  m.impl("softmax_loss_", &imbalance::softmax_loss_cpu_);
-  m.impl("softmax_loss_backward", &imbalance::softmax_loss_backward_cpu);
-  m.impl("softmax_loss_backward_", &imbalance::softmax_loss_backward_cpu_);
-  m.impl("scale_", &imbalance::scale_cpu_);
-  m.impl("target_and_rest", &imbalance::target_and_rest_cpu);
-  m.impl("target_and_rest_backward", &imbalance::target_and_rest_backward_cpu);
-  m.impl("target_and_rest_backward_", &imbalance::target_and_rest_backward_cpu_);
+template <class Device>
+void implement_operations(torch::Library& m) {
+  m.impl("softmax_loss", &softmax_loss<Device>);
+  m.impl("softmax_loss_", &softmax_loss_<Device>);
+  m.impl("softmax_loss_backward", &softmax_loss_backward<Device>);
+  m.impl("softmax_loss_backward_", &softmax_loss_backward_<Device>);
+  m.impl("scale_", &scale_<Device>);
+  m.impl("target_and_rest", &target_and_rest<Device>);
+  m.impl("target_and_rest_backward", &target_and_rest_backward<Device>);
+  m.impl("target_and_rest_backward_", &target_and_rest_backward_<Device>);
 }
+
+}  // namespace
+
+#if defined(IMBALANCE_EMULATED)
+
+TORCH_LIBRARY(imbalance_kernels_emulated, m) { define_operations(m); }
+TORCH_LIBRARY_IMPL(imbalance_kernels_emulated, CPU, m) { implement_operations<Cuda>(m); }
+
+#else
+
+TORCH_LIBRARY(imbalance_kernels, m) { define_operations(m); }
+TORCH_LIBRARY_IMPL(imbalance_kernels, CPU, m) { implement_operations<Cpu>(m); }
+#if defined(IMBALANCE_WITH_CUDA)
+TORCH_LIBRARY_IMPL(imbalance_kernels, CUDA, m) { implement_operations<Cuda>(m); }
+#endif
+
+static std::map<std::string, std::string> build_info() {
+  return {{"torch", TORCH_VERSION},
+#if defined(__clang__)
+          {"compiler", "clang " __clang_version__},
+#else
+          {"compiler", "gcc " __VERSION__},
+#endif
+#if defined(IMBALANCE_WITH_CUDA)
+          {"cuda", std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10)},
+          {"cuda_architectures", IMBALANCE_WITH_CUDA},
+#endif
+          {"instruction_set", cpu::kernels()->name}};
+}
+
+static std::vector<std::string> instruction_sets() {
+  int count = 0;
+  const char* const* names = cpu::instruction_sets(&count);
+  return {names, names + count};
+}
+
+static std::vector<std::string> objective_names() { return {std::begin(kObjectiveNames), std::end(kObjectiveNames)}; }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "The compiled kernels of imbalance-kernels; loading it registers torch.ops.imbalance_kernels.";
-  if (imbalance::cpu::kernels() == nullptr) {
+  if (cpu::kernels() == nullptr) {
     throw pybind11::import_error(
         "IMBALANCE_KERNELS_INSTRUCTION_SET names an instruction set that this binary or this processor does not have");
   }
-  m.def("build_info", &imbalance::build_info, "Compiler, torch version and instruction set in use.");
-  m.def("instruction_sets", &imbalance::instruction_sets, "The instruction sets in this binary.");
-  m.def("objective_names", &imbalance::objective_names, "The objectives that the kernels know, in their order.");
+  m.def("build_info", &build_info, "Compiler, torch version and instruction set in use.");
+  m.def("instruction_sets", &instruction_sets, "The instruction sets in this binary.");
+  m.def("objective_names", &objective_names, "The objectives that the kernels know, in their order.");
 }
+
+#endif
+
+}  // namespace imbalance

@@ -20,6 +20,8 @@ struct TargetLogit {
 
 template <class T>
 struct TargetMap {
+  using M = Math<T>;
+
   MarginKind kind;
   // additive: margin (where it is not per class); angular: m1, m2, m3, straight_through; circle: margin, detach
   T parameters[4];
@@ -51,11 +53,11 @@ struct TargetMap {
       const T angle = m1 * std::acos(cosine) + m2;
       const T turn = std::floor(angle / T(3.14159265358979323846));
       const T sign = 1 - 2 * (turn - 2 * std::floor(turn / 2));
-      mapped = {sign * std::cos(angle) - 2 * turn, sign * m1 * std::sin(angle) / sine_divisor};
-    } else if (cosine < -std::cos(m2)) {  // theta > pi - m2: the usual continuation
-      mapped = {cosine - m2 * std::sin(m2), T(1)};
+      mapped = {sign * M::cos(angle) - 2 * turn, sign * m1 * M::sin(angle) / sine_divisor};
+    } else if (cosine < -M::cos(m2)) {  // theta > pi - m2: the usual continuation
+      mapped = {cosine - m2 * M::sin(m2), T(1)};
     } else {
-      mapped = {cosine * std::cos(m2) - sine * std::sin(m2), std::cos(m2) + cosine * std::sin(m2) / sine_divisor};
+      mapped = {cosine * M::cos(m2) - sine * M::sin(m2), M::cos(m2) + cosine * M::sin(m2) / sine_divisor};
     }
     return {mapped.value - m3, straight_through ? T(1) : mapped.slope};
   }

@@ -29,6 +29,13 @@ struct PlainMath {
   static IMBALANCE_INLINE Number expm1_nonpositive(Number x) { return std::expm1(x); }
   static IMBALANCE_INLINE Number log(Number x) { return std::log(x); }
   static IMBALANCE_INLINE Number log1p_unit(Number x) { return std::log1p(x); }  // for x in [0, 1]
+#if defined(__CUDA_ARCH__)  // a device's sin and cos take a stack frame, for angles that no margin has
+  static IMBALANCE_INLINE Number cos(Number angle) { return ::cospi(angle * Number(0.31830988618379067)); }
+  static IMBALANCE_INLINE Number sin(Number angle) { return ::sinpi(angle * Number(0.31830988618379067)); }
+#else
+  static IMBALANCE_INLINE Number cos(Number angle) { return std::cos(angle); }
+  static IMBALANCE_INLINE Number sin(Number angle) { return std::sin(angle); }
+#endif
 };
 
 template <>

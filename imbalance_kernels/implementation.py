@@ -19,10 +19,15 @@ try:
 except ModuleNotFoundError:  # the pure wheel, or a source tree that was not built
     _C = None
 
+# What the CUDA kernels were compiled for, as in "sm_80 sm_90 compute_90": binaries, and PTX for later GPUs.
+_CUDA_TARGETS = "" if _C is None else _C.build_info().get("cuda_architectures", "")
 _HAS_TRITON = find_spec("triton") is not None
 _INTERPRETS_TRITON = os.environ.get("TRITON_INTERPRET") == "1"  # on CPU, for tests
+_EMULATED_CUDA = os.environ.get("IMBALANCE_KERNELS_EMULATED")  # a library with the CUDA kernels for CPU, for tests
+if _EMULATED_CUDA:
+    torch.ops.load_library(_EMULATED_CUDA)
 
-__all__ = ["IMPLEMENTATIONS", "choose", "extension", "show_config", "version"]
+__all__ = ["IMPLEMENTATIONS", "choose", "emulates_cuda", "extension", "show_config", "version"]
 
 IMPLEMENTATIONS = ("reference", "cpu", "cuda", "triton")
 TRITON_DEVICES = ("cuda", "xpu")  # ROCm's devices are called cuda too
@@ -31,6 +36,38 @@ TRITON_DEVICES = ("cuda", "xpu")  # ROCm's devices are called cuda too
 def extension() -> Any | None:
     """Return the compiled extension module, or None where it was not built."""
     return _C
+
+
+def emulates_cuda() -> bool:
+    """Return whether impl="cuda" runs on CPU tensors, and on no other, because tests ask for it."""
+    return bool(_EMULATED_CUDA)
+
+
+def _cuda_serves(device: torch.device) -> bool:
+    """Return whether the CUDA kernels were compiled for a device."""
+    if emulates_cuda():
+        return device.type == "cpu"
+    if device.type != "cuda" or not _CUDA_TARGETS or not torch.cuda.is_available():
+        return False
+    properties = torch.cuda.get_device_properties(device)
+    return _targets_serve(_CUDA_TARGETS, properties.major, properties.minor)
+
+
+def _targets_serve(targets: str, major: int, minor: int) -> bool:
+    """Return whether one of nvcc's targets serves a GPU of this compute capability.
+
+    A binary (sm_86) serves its generation from its own capability on, PTX (compute_86) also later generations, either
+    with an "a" (sm_90a) no other.
+    """
+    for target in targets.split():
+        kind, _, number = target.partition("_")
+        built = int(number.rstrip("af"))
+        generation, exact = built // 10, number.endswith("a")
+        if built == 10 * major + minor:
+            return True
+        if built < 10 * major + minor and not exact and (kind == "compute" or generation == major):
+            return True
+    return False
 
 
 def version() -> str:
@@ -46,19 +83,31 @@ def choose(impl: str | None, logits: Tensor) -> str:
 
     Raises:
         ValueError: `impl` is no implementation's name, or it does not serve the device or dtype of `logits`.
-        RuntimeError: `impl` was not built, is not installed, or is not there yet.
+        RuntimeError: `impl` was not built, or is not installed.
     """
     device = logits.device.type
     cpu_serves = _C is not None and device == "cpu" and logits.dtype in LOGIT_DTYPES
+    cuda_serves = _cuda_serves(logits.device)
     triton_serves = _HAS_TRITON and (device in TRITON_DEVICES or (device == "cpu" and _INTERPRETS_TRITON))
     if impl is None:
+        if device == "cuda" and cuda_serves:
+            return "cuda"
         if device in TRITON_DEVICES and triton_serves:
             return "triton"
         return "cpu" if cpu_serves else "reference"
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl is {impl!r}, but it must be None or one of {IMPLEMENTATIONS}")
-    if impl == "cuda":
-        raise RuntimeError("impl='cuda' is not part of this version: use impl='triton', 'reference' or None")
+    if impl == "cuda" and not cuda_serves:
+        if not _CUDA_TARGETS and not emulates_cuda():
+            raise RuntimeError(
+                "impl='cuda' needs the extension compiled with CUDA: install with torch's CUDA build and its nvcc by "
+                "`pip install --no-build-isolation .`, or use impl='triton', 'reference' or None"
+            )
+        raise ValueError(
+            f"impl='cuda' got logits on {logits.device}, but its kernels were compiled for "
+            f"{_CUDA_TARGETS or 'tests on CPU'}: use impl='triton', 'reference' or None (TORCH_CUDA_ARCH_LIST names "
+            "what the installation compiles for)"
+        )
     if impl == "triton" and not _HAS_TRITON:
         raise RuntimeError("impl='triton' needs Triton: pip install 'triton>=3.6', or use impl='reference'")
     if impl == "triton" and not triton_serves:
@@ -91,7 +140,12 @@ def show_config() -> None:
         built = f"built by {info['compiler']} against torch {info['torch']}"
         print(f"  cpu        {built}, {torch.get_num_threads()} threads")
         print(f"             instruction set {info['instruction_set']} of {', '.join(_C.instruction_sets())}")
-    print("  cuda       not part of this version")
+    if emulates_cuda():
+        print(f"  cuda       emulated on CPU by {_EMULATED_CUDA}")
+    elif _C is not None and _CUDA_TARGETS:
+        print(f"  cuda       built by nvcc {_C.build_info()['cuda']} for {_CUDA_TARGETS}")
+    else:
+        print("  cuda       not built: pip install --no-build-isolation . with torch for CUDA and its nvcc builds it")
     if _HAS_TRITON:
         triton = importlib.import_module("triton")
         print(f"  triton     {triton.__version__}{', interpreted on CPU' if _INTERPRETS_TRITON else ''}")

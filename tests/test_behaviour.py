@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch._inductor.config
+from implementations import EMULATED, IMPLEMENTATIONS, KERNELS
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,8 +22,6 @@ from imbalance_kernels.logit_map import LogitMap
 from imbalance_kernels.ops.kernel_arguments import objective_arguments, split_arguments
 from imbalance_kernels.options import SoftmaxOptions
 
-IMPLS = ("reference", "cpu", "triton")
-KERNELS = ("cpu", "triton")
 REDUCTIONS = ("none", "sum", "mean")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 C = 37  # several vectors and a tail, for every dtype
@@ -67,7 +66,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-each_impl = pytest.mark.parametrize("impl", IMPLS)
+each_impl = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 each_kernel = pytest.mark.parametrize("impl", KERNELS)
 each_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 
@@ -666,6 +665,12 @@ COMPILED = {
     "triton, in place": (partial(ik.CrossEntropyLoss, impl="triton", inplace=True), torch.bfloat16),
     "triton, two temperatures": (partial(LOSSES["two temperatures"], impl="triton"), torch.float32),
 }
+if EMULATED:  # what compiles for Triton does so for CUDA
+    COMPILED = {
+        name.replace("triton", "cuda"): (partial(make, impl="cuda"), dtype)
+        for name, (make, dtype) in COMPILED.items()
+        if "triton" in name
+    }
 
 
 # Inductor keeps float32 between the operations of a half, where eager rounds.
@@ -1006,7 +1011,11 @@ def test_threads_do_not_change_bits(shape, loss, dtype, reduction):
 
 # ---------------------------------------------------------------- opcheck and gradcheck
 
-OPS = {"cpu": torch.ops.imbalance_kernels, "triton": torch.ops.imbalance_kernels_triton}
+OPS = {
+    "cpu": torch.ops.imbalance_kernels,
+    "triton": torch.ops.imbalance_kernels_triton,
+    "cuda": torch.ops.imbalance_kernels_emulated,
+}
 OPTIONS = {
     "plain": SoftmaxOptions(),
     "everything": SoftmaxOptions(

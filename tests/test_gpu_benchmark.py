@@ -62,7 +62,7 @@ def test_a_wrong_value_of_ours_is_not_timed_and_fails(tmp_path, monkeypatch):
 
 
 def test_a_run_without_ours_fails(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "OURS", ("cuda",))  # which is not there yet
+    monkeypatch.setattr(gpu, "OURS", ("cuda",))  # which does not run on a CPU
     report, status = run(tmp_path, "4x10xfloat32")
     assert status == 1 and report.wrong == ["none of our implementations was timed"]
     assert any(note.startswith("impl='cuda' not timed") for note in report.notes)

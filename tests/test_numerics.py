@@ -9,6 +9,7 @@ import math
 import mpmath
 import pytest
 import torch
+from implementations import IMPLEMENTATIONS
 from torch import Tensor
 
 from imbalance_kernels import Prior, functional
@@ -29,7 +30,7 @@ from imbalance_kernels.objectives import (
 INF, NAN = math.inf, math.nan
 FLOATS = [torch.float32, torch.float64]
 HALVES = [torch.bfloat16, torch.float16]
-IMPLEMENTATIONS = ["reference", "cpu", "triton"]
+NATIVE = ("reference", "cpu")
 INTERPRETED = 1 if torch.cuda.is_available() else 17  # Triton's interpreter takes 100 rows a second: every 17th case
 
 OBJECTIVES = [
@@ -174,7 +175,7 @@ def test_registry_against_mpmath(objective):
 def test_dense_sweep_of_log_odds(objective, impl, dtype, reduction):
     """Two classes whose logits are (d, 0): value and target gradient are the objective's own, at 24,000 log-odds."""
     d = torch.cat([torch.linspace(-100, 100, 20001), torch.linspace(-2, 2, 4001)])
-    d = d[:: INTERPRETED if impl == "triton" else 1].to(dtype).double()
+    d = d[:: 1 if impl in NATIVE else INTERPRETED].to(dtype).double()
     d = away_from_the_limit(objective, d, dtype)
     logits = torch.stack([d, torch.zeros_like(d)], dim=1).to(dtype)
     target = torch.zeros(len(d), dtype=torch.long)
@@ -348,7 +349,7 @@ def test_halves_are_rounded_to_nearest_and_ties_to_even(impl, dtype):
 @every_impl
 def test_every_half_is_read_as_what_it_is(impl, dtype):
     """All 65,536 of them, against the same numbers in float32."""
-    halves = torch.arange(2**16)[:: INTERPRETED if impl == "triton" else 1].to(torch.int16).view(dtype)
+    halves = torch.arange(2**16)[:: 1 if impl in NATIVE else INTERPRETED].to(torch.int16).view(dtype)
     logits = torch.stack([halves, torch.zeros_like(halves)], dim=1)
     target = torch.arange(len(halves)) % 2
     value, _ = solve(logits, target, SmoothAccuracy(), impl=impl, reduction="none")
@@ -708,7 +709,7 @@ def test_rows_of_many_blocks(impl, dtype, hard, rise):
 @pytest.mark.parametrize("num_classes", [7, 33, 4099])
 def test_a_rows_bits_are_its_own(impl, dtype, num_classes):
     """Trap 13: the same alone and in a batch of any size, strided or not, unaligned, again and again."""
-    num_rows = 24 if impl == "triton" and num_classes > 33 else 150
+    num_rows = 150 if impl in NATIVE or num_classes <= 33 else 24
     storage = (4 * torch.randn(num_rows, num_classes + 3)).to(dtype)
     logits = storage[:, 1 : num_classes + 1]  # odd stride, pointers at no multiple of anything
     target = torch.randint(num_classes, (num_rows,))

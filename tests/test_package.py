@@ -12,6 +12,7 @@ import subprocess
 import sys
 from importlib import metadata, resources
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,6 +112,37 @@ def test_show_config_says_what_was_built(capsys, monkeypatch):
     ik.show_config()
     shown = capsys.readouterr().out
     assert "not built" in shown and "--no-build-isolation" in shown and "cpu: reference" in shown
+    assert "cuda       not built" in shown or implementation.emulates_cuda()
+
+
+@pytest.mark.parametrize(
+    "built, served",
+    {
+        "": [],
+        "sm_80": ["8.0", "8.6", "8.9"],
+        "sm_86 sm_90": ["8.6", "8.9", "9.0"],
+        "sm_80 sm_90 sm_100 compute_100": ["8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0"],
+        "compute_90": ["9.0", "10.0", "10.3", "12.0"],
+        "sm_90a compute_100a": ["9.0", "10.0"],
+    }.items(),
+)
+def test_the_gpus_that_the_cuda_kernels_serve(built, served, monkeypatch):
+    """No GPU is needed to choose: what was built for others leaves Triton, or the reference, or an error."""
+    monkeypatch.setattr(implementation, "_EMULATED_CUDA", None)
+    monkeypatch.setattr(implementation, "_HAS_TRITON", True)
+    monkeypatch.setattr(implementation, "_CUDA_TARGETS", built)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    logits = SimpleNamespace(device=torch.device("cuda", 1), dtype=torch.float32)
+    for capability in ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0"):
+        major, minor = map(int, capability.split("."))
+        properties = SimpleNamespace(major=major, minor=minor)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=properties: found)
+        if capability in served:
+            assert implementation.choose(None, logits) == implementation.choose("cuda", logits) == "cuda"
+            continue
+        assert implementation.choose(None, logits) == "triton"
+        with pytest.raises(ValueError if built else RuntimeError, match="impl='cuda'.*use impl='triton'"):
+            implementation.choose("cuda", logits)
 
 
 # ---------------------------------------------------------------- the binary
@@ -247,6 +279,41 @@ def test_a_build_that_lacks_something_fails_and_says_what_to_do(missing, tmp_pat
     assert run.returncode != 0
     for part in (f"cannot be built without {missing}", "--no-build-isolation", "IMBALANCE_KERNELS_BUILD=0"):
         assert part in run.stderr
+
+
+TOOLKIT = """
+import os, runpy, setuptools
+setuptools.setup = lambda **arguments: None
+found = runpy.run_path("setup.py")["has_toolkit"]("13.1")
+print(found, os.environ.get("CUDA_HOME"), os.environ.get("TORCH_CUDA_ARCH_LIST"))
+"""
+NVCC = """#!/bin/sh
+[ "$*" = "--dryrun -x cu /dev/null" ] || exit 1
+echo '#$ TOP=/opt/cuda/bin/..' >&2
+echo '#$ gcc -D__CUDACC__ -D__CUDACC_VER_MAJOR__=VERSION -D__CUDACC_VER_BUILD__=88 "/dev/null"' >&2
+"""
+
+
+@pytest.mark.parametrize(
+    "version, listed, found",
+    [
+        ("13 -D__CUDACC_VER_MINOR__=0", None, "True /opt/cuda 8.0;9.0;10.0+PTX"),
+        ("13 -D__CUDACC_VER_MINOR__=0", "9.0", "True /opt/cuda 9.0"),
+        ("12 -D__CUDACC_VER_MINOR__=8", None, "False None None"),
+        ("no version", None, "False None None"),
+    ],
+)
+def test_the_build_asks_nvcc_for_its_toolkit(version, listed, found, tmp_path):
+    """From a script on PATH, whose own folder is nothing; a toolkit that is not torch's is not used."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(NVCC.replace("VERSION", version))
+    nvcc.chmod(0o755)
+    unset = "".join(f"os.environ.pop('{name}', None); " for name in ("CUDA_HOME", "TORCH_CUDA_ARCH_LIST"))
+    environment = {} if listed is None else {"TORCH_CUDA_ARCH_LIST": listed}
+    code = f"import os; {unset}os.environ.update({environment}){TOOLKIT}"
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    run = python(code, cwd=ROOT, PATH=path, IMBALANCE_KERNELS_BUILD="0")
+    assert run.stdout.strip() == found, run.stderr
 
 
 @pytest.mark.parametrize("missing", HIDDEN)

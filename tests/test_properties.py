@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from implementations import IMPLEMENTATIONS, KERNELS
 from torch import Tensor
 
 from imbalance_kernels import Prior, reference
@@ -245,7 +246,7 @@ def allowed(case: Case, value: Tensor, gradient: Tensor) -> Allowed:
     return Allowed(lost + 1e-36, (relative * (own + scaled) + stored * own + below)[:, None])
 
 
-each_kernel = pytest.mark.parametrize("impl", ["cpu", "triton"])
+each_kernel = pytest.mark.parametrize("impl", KERNELS)
 
 
 def check_against_reference(case: Case, impl: str):
@@ -282,7 +283,7 @@ def test_kernels_equal_the_reference_with_class_probabilities(impl, case):
 
 # ---------------------------------------------------------------- what must not change a loss
 
-every_impl = st.sampled_from(["reference", "cpu", "triton"])
+every_impl = st.sampled_from(IMPLEMENTATIONS)
 in_float64 = {"dtypes": [torch.float64]}
 
 

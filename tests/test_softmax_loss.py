@@ -3,13 +3,13 @@
 import oracle
 import pytest
 import torch
+from implementations import IMPLEMENTATIONS
 from oracle import worst_row_error
 
 import imbalance_kernels as ik
 from imbalance_kernels.functional import softmax_loss
 from imbalance_kernels.objectives import REGISTRY
 
-IMPLEMENTATIONS = ["reference", "cpu", "triton"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 SHAPES = {

@@ -147,7 +147,7 @@ def check_row_tensors(
 
 
 def check_range(rows: Rows, options: SoftmaxOptions) -> None:
-    """Check that class indices are in [0, C) or ignored. The C++ kernels do it themselves.
+    """Check that class indices are in [0, C) or ignored. The CPU kernels do it themselves.
 
     Eagerly on CPU; on an accelerator it would wait for the device, and is done only if IMBALANCE_KERNELS_CHECK=1.
 

@@ -2,7 +2,7 @@
 
 The C++ extension registers torch.ops.imbalance_kernels (csrc/bindings.cpp). Here torch.ops.imbalance_kernels_triton
 gets the same schemas, and both get what torch.compile asks of an operation. Triton is imported when the first of its
-kernels runs.
+kernels runs. Tests have a third, torch.ops.imbalance_kernels_emulated: the CUDA kernels, run on the CPU.
 """
 
 from __future__ import annotations
@@ -47,10 +47,12 @@ _triton = torch.library.Library("imbalance_kernels_triton", "DEF")  # lives as l
 
 
 def kernels(impl: str) -> Any:
-    """Return the namespace with the operations of an implementation, "cpu" or "triton"."""
+    """Return the namespace with the operations of an implementation, "cpu", "cuda" or "triton"."""
     if impl == "triton":
         return torch.ops.imbalance_kernels_triton
-    return torch.ops.imbalance_kernels
+    if impl == "cuda" and implementation.emulates_cuda():
+        return torch.ops.imbalance_kernels_emulated
+    return torch.ops.imbalance_kernels  # for the device of the logits
 
 
 def _launcher(name: str) -> Callable[..., Any]:
@@ -100,3 +102,5 @@ for _name, _schema in SCHEMAS.items():
     torch.library.register_fake(f"imbalance_kernels_triton::{_name}", _FAKES[_name], lib=_triton)
     if implementation.extension() is not None:
         torch.library.register_fake(f"imbalance_kernels::{_name}", _FAKES[_name])
+    if implementation.emulates_cuda():
+        torch.library.register_fake(f"imbalance_kernels_emulated::{_name}", _FAKES[_name])

@@ -1,0 +1,182 @@
+// What the kernels use beyond plain CUDA C++: shared memory, clusters, launches, streaming loads, fast exponentials.
+//
+// Kernels come to these by this header alone, because tests compile the same .cu files with g++ and run them on the
+// CPU: there tests/emulation/emulator.h stands for everything below, and for the CUDA runtime. So kernels keep to what
+// it has: no plain __shared__, no <<<>>>, no inline PTX; all threads of a block reach a barrier at the same line, and
+// none returns before one; clusters meet before the first remote(). What is added here needs its twin there.
+#pragma once
+
+#if defined(__CUDACC__)
+
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstring>
+#include <limits>
+#include <map>
+#include <tuple>
+
+namespace imbalance::cuda {
+
+// A T[n] in the block's shared memory.
+#define SHARED_ARRAY(T, name, n) __shared__ T name[n]
+
+// `count` numbers at a byte offset of the shared memory that the launch asked for.
+template <class T>
+__device__ __forceinline__ T* dynamic_smem(unsigned offset, unsigned /*count*/) {
+  extern __shared__ uint4 imbalance_dynamic_smem[];
+  return reinterpret_cast<T*>(reinterpret_cast<char*>(imbalance_dynamic_smem) + offset);
+}
+
+// Clusters of blocks; before compute capability 9 every block is one of its own. At cluster_sync all threads of a
+// cluster meet, and see what those warps that publish wrote before: such a warp waits until all its stores have
+// arrived.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+__device__ __forceinline__ unsigned cluster_rank() { return cooperative_groups::this_cluster().block_rank(); }
+__device__ __forceinline__ unsigned cluster_size() { return cooperative_groups::this_cluster().num_blocks(); }
+__device__ __forceinline__ void cluster_sync(bool publishes = true) {
+  if (publishes) {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  } else {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  }
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+template <class T>
+__device__ __forceinline__ T* remote(T* p, unsigned rank) {
+  return cooperative_groups::this_cluster().map_shared_rank(p, rank);
+}
+#else
+__device__ __forceinline__ unsigned cluster_rank() { return 0; }
+__device__ __forceinline__ unsigned cluster_size() { return 1; }
+__device__ __forceinline__ void cluster_sync(bool /*publishes*/ = true) { __syncthreads(); }
+template <class T>
+__device__ __forceinline__ T* remote(T* p, unsigned /*rank*/) {
+  return p;
+}
+#endif
+
+// 16 bytes that are read or written once: first to leave the caches.
+__device__ __forceinline__ uint4 load_streaming(const uint4* p) { return __ldcs(p); }
+__device__ __forceinline__ void store_streaming(uint4* p, uint4 x) { __stcs(p, x); }
+
+// 2^x to two units in the last place, results below 2^-126 flushed to 0: one instruction.
+__device__ __forceinline__ float exp2_quick(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Makes the compiler forget what it knows of a register, or of memory. Between two passes over packed numbers it would
+// else keep them unpacked, and all their columns, in several times the registers.
+template <class Word>
+__device__ __forceinline__ void forget(Word& word) {
+  asm volatile("" : "+r"(word));
+}
+__device__ __forceinline__ void forget_memory() { asm volatile("" ::: "memory"); }
+
+struct Device {
+  int multiprocessors;
+  int shared_memory;  // bytes that a block can ask for
+  int cache;          // bytes of L2
+  bool has_clusters;
+};
+
+inline cudaError_t current_device(Device* device) {
+  int index = 0, major = 0;
+  if (const cudaError_t error = cudaGetDevice(&index)) return error;
+  const auto get = [index](int* value, cudaDeviceAttr attribute) {
+    return cudaDeviceGetAttribute(value, attribute, index);
+  };
+  if (const cudaError_t error = get(&device->multiprocessors, cudaDevAttrMultiProcessorCount)) return error;
+  if (const cudaError_t error = get(&device->shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin)) return error;
+  if (const cudaError_t error = get(&device->cache, cudaDevAttrL2CacheSize)) return error;
+  if (const cudaError_t error = get(&major, cudaDevAttrComputeCapabilityMajor)) return error;
+  device->has_clusters = major >= 9;
+  return cudaSuccess;
+}
+
+struct Shape {
+  unsigned blocks;   // of the grid, a multiple of cluster
+  unsigned threads;  // of a block
+  unsigned cluster;  // blocks
+  unsigned shared_memory;
+};
+
+template <class... Parameters>
+cudaError_t prepare(void (*kernel)(Parameters...), const Shape& shape) {
+  const auto* function = reinterpret_cast<const void*>(kernel);
+  if (shape.shared_memory > (48 << 10)) {
+    const auto bytes = static_cast<int>(shape.shared_memory);
+    if (const cudaError_t e = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) {
+      return e;
+    }
+  }
+  if (shape.cluster > 8) return cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  return cudaSuccess;
+}
+
+inline cudaLaunchConfig_t configuration(const Shape& shape, cudaStream_t stream, cudaLaunchAttribute* attribute) {
+  *attribute = {};
+  attribute->id = cudaLaunchAttributeClusterDimension;
+  attribute->val.clusterDim = {shape.cluster, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(shape.blocks);
+  config.blockDim = dim3(shape.threads);
+  config.dynamicSmemBytes = shape.shared_memory;
+  config.stream = stream;
+  config.attrs = attribute;
+  config.numAttrs = shape.cluster > 1 ? 1 : 0;
+  return config;
+}
+
+// Launches a kernel; arguments are converted to its parameters.
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), const Shape& shape, cudaStream_t stream, Arguments... arguments) {
+  if (const cudaError_t error = prepare(kernel, shape)) return error;
+  cudaLaunchAttribute attribute;
+  const cudaLaunchConfig_t config = configuration(shape, stream, &attribute);
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
+// How many clusters of this shape the current device runs at a time; 0 where it cannot run one. Asked once of each
+// kernel, shape and device.
+template <class... Parameters>
+cudaError_t resident_clusters(void (*kernel)(Parameters...), const Shape& shape, int* clusters) {
+  const auto* function = reinterpret_cast<const void*>(kernel);
+  int index = 0;
+  if (const cudaError_t error = cudaGetDevice(&index)) return error;
+  static thread_local std::map<std::tuple<const void*, int, unsigned, unsigned, unsigned>, int> known;
+  const auto [found, is_new] =
+      known.try_emplace({function, index, shape.threads, shape.cluster, shape.shared_memory}, 0);
+  if (is_new) {
+    cudaError_t error = prepare(kernel, shape);
+    if (error == cudaSuccess && shape.cluster > 1) {
+      cudaLaunchAttribute attribute;
+      const cudaLaunchConfig_t config =
+          configuration({shape.cluster, shape.threads, shape.cluster, shape.shared_memory}, nullptr, &attribute);
+      error = cudaOccupancyMaxActiveClusters(&found->second, kernel, &config);
+    } else if (error == cudaSuccess) {
+      Device device;
+      if (const cudaError_t failed = current_device(&device)) return failed;
+      error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&found->second, kernel, static_cast<int>(shape.threads),
+                                                            shape.shared_memory);
+      found->second *= device.multiprocessors;
+    }
+    if (error != cudaSuccess) {  // this device has no such clusters
+      cudaGetLastError();
+      found->second = 0;
+    }
+  }
+  *clusters = found->second;
+  return cudaSuccess;
+}
+
+}  // namespace imbalance::cuda
+
+#else
+#include "emulator.h"
+#endif

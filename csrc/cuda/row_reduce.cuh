@@ -1,0 +1,82 @@
+// The sums over the rest of a row, and how threads, warps and blocks join theirs.
+#pragma once
+
+#include "vector.cuh"
+
+namespace imbalance::cuda {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kWarp = 32;
+
+// exp(x) for x <= 0, in two instructions; good for sums whose largest term is exp(0).
+__device__ __forceinline__ float exponential(float x) { return exp2_quick(x * 1.4426950408889634f); }
+__device__ __forceinline__ double exponential(double x) { return exp(x); }
+
+// The maximum as a shift: 0 where everything is masked, since -inf - -inf is NaN.
+template <class T>
+__device__ __forceinline__ T shift_of(T highest) {
+  return highest == -infinity<T>() ? T(0) : highest;
+}
+
+// What is known of some of a row's rest; sums are relative to shift_of(highest).
+template <class T>
+struct RowSums {
+  T highest;          // max z_j
+  T total;            // sum exp(z_j - shift)
+  T weighted_logits;  // sum u_j (z_j - shift)
+  T weight_sum;       // sum u_j
+
+  static __device__ __forceinline__ RowSums nothing() { return {-infinity<T>(), T(0), T(0), T(0)}; }
+
+  // The same, relative to a higher maximum.
+  __device__ __forceinline__ RowSums raised(T to) const {
+    const T shift = shift_of(to);
+    const T factor = highest == -infinity<T>() ? T(0) : exponential(highest - shift);
+    return {to, total * factor, weighted_logits + (shift_of(highest) - shift) * weight_sum, weight_sum};
+  }
+
+  // With others that are relative to the same maximum.
+  __device__ __forceinline__ RowSums plus(const RowSums& other) const {
+    return {highest, total + other.total, weighted_logits + other.weighted_logits, weight_sum + other.weight_sum};
+  }
+};
+
+template <class T>
+__device__ __forceinline__ T maximum(T a, T b) {
+  return a > b ? a : b;
+}
+__device__ __forceinline__ float maximum(float a, float b) { return fmaxf(a, b); }
+
+// The maximum and the sum over `lanes` neighbours, a power of two; each of them gets it.
+template <class T>
+__device__ __forceinline__ T max_over_lanes(T x, int lanes) {
+  for (int distance = lanes / 2; distance > 0; distance /= 2) {
+    x = maximum(x, __shfl_xor_sync(kAllLanes, x, distance));
+  }
+  return x;
+}
+template <class T>
+__device__ __forceinline__ T sum_over_lanes(T x, int lanes) {
+  for (int distance = lanes / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(kAllLanes, x, distance);
+  return x;
+}
+
+// The sums of `lanes` neighbours that are relative to the same maximum.
+template <bool weighted, class T>
+__device__ __forceinline__ RowSums<T> add_over_lanes(const RowSums<T>& of_lane, int lanes) {
+  RowSums<T> sums = of_lane;
+  sums.total = sum_over_lanes(of_lane.total, lanes);
+  if constexpr (weighted) {
+    sums.weighted_logits = sum_over_lanes(of_lane.weighted_logits, lanes);
+    sums.weight_sum = sum_over_lanes(of_lane.weight_sum, lanes);
+  }
+  return sums;
+}
+
+// The same where each has a maximum of its own.
+template <bool weighted, class T>
+__device__ __forceinline__ RowSums<T> join_lanes(const RowSums<T>& of_lane, int lanes) {
+  return add_over_lanes<weighted>(of_lane.raised(max_over_lanes(of_lane.highest, lanes)), lanes);
+}
+
+}  // namespace imbalance::cuda

@@ -1,0 +1,457 @@
+// A row on the device: what its logits mean, its target, the packs of it that a thread holds, and its end.
+//
+// The kernels of softmax_loss.cuh differ in which threads share a row; everything else of them is here. The target is
+// taken out of the rest before anything is summed, never subtracted afterwards. A row that is ignored, or whose target
+// is no class, is not read.
+#pragma once
+
+#include <type_traits>
+
+#include "../softmax_row.h"
+#include "row_reduce.cuh"
+#include "softmax_loss.h"
+
+namespace imbalance::cuda {
+
+// How effective logits come from raw ones. Most losses need the first or the second, which cost one instruction a
+// number at most.
+enum class Map {
+  plain,    // z = x
+  affine,   // z = scale * x + bias, with a positive scale: a mask stays one
+  general,  // every option; weights of classes too, where they are spread over the row
+};
+
+// Logits and how to split them: SplitArguments with types.
+template <class S>
+struct Rows {
+  using T = Accumulate<S>;
+
+  std::int64_t count;  // N
+  int classes;         // C
+  const S* logits;
+  std::int64_t stride;
+  const std::int64_t* target;  // (N,); null for class probabilities
+  const S* probabilities;      // (N, C); null, or these
+  const T* probabilities_wide;
+  std::int64_t ignore_index;
+  T scale;
+  const T* factor;        // (C,)
+  const T* bias;          // (C,)
+  const T* class_margin;  // (C,)
+  const T* class_weight;  // (C,)
+  TargetMap<T> target_map;
+  T kept;                 // 1 - label smoothing
+  T smoothing_per_class;  // label smoothing / C
+  bool spreads;           // weights of classes are spread over the row, by smoothing or as probabilities
+
+  __device__ __forceinline__ bool is_circle() const { return target_map.kind == MarginKind::circle; }
+};
+
+// What becomes of the rows; null is not written. Either losses or a split or neither.
+template <class S>
+struct Results {
+  using T = Accumulate<S>;
+
+  RowOptions<T> options;
+  T first_parameter;
+  const T* class_parameter;  // (C,) first parameters
+  const T* sample_weight;    // (N,)
+  const T* upstream;         // (N,) or ()
+  std::int64_t upstream_step;
+  const T* normalizer;  // ()
+  const T* divisor;     // ()
+  T* losses;            // (N,)
+  T* target;            // (N,) the split
+  T* rest;
+  T* shift;
+  T* weighted_logits;
+  T* weight_sum;
+  S* d_logits;  // (N, C)
+  std::int64_t gradient_stride;
+
+  // Nothing counts, so that nothing is read.
+  __device__ __forceinline__ bool is_nothing() const { return normalizer != nullptr && *normalizer == T(0); }
+};
+
+// What a row is to be.
+struct Place {
+  std::int64_t row;
+  int target;    // class index, -1 where there is none
+  bool is_read;  // not ignored, and its target is a class
+  bool outside;  // its target is no class: NaN
+};
+
+template <class S>
+__device__ __forceinline__ Place place_of(const Rows<S>& rows, std::int64_t row, bool is_nothing) {
+  if (row >= rows.count || is_nothing) return {row, -1, false, false};
+  if (rows.target == nullptr) return {row, -1, true, false};
+  const std::int64_t target = rows.target[row];
+  const bool is_class = target >= 0 && target < rows.classes, ignored = target == rows.ignore_index;
+  return {row, is_class && !ignored ? static_cast<int>(target) : -1, is_class && !ignored, !is_class && !ignored};
+}
+
+template <class T>
+struct Target {
+  T z;             // effective logit, -inf where masked or where there is none
+  T slope;         // dz_t / dx_t
+  T class_weight;  // w_t
+  T weight;        // u_t
+};
+
+template <class S>
+__device__ __forceinline__ Target<Accumulate<S>> load_target(const Rows<S>& rows, const Place& place) {
+  using T = Accumulate<S>;
+  Target<T> target{-infinity<T>(), T(0), T(1), T(0)};
+  if (place.target < 0) return target;
+  const T x = number_of(rows.logits[place.row * rows.stride + place.target]);
+  const bool masked = x == -infinity<T>();
+  const T margin = rows.class_margin ? rows.class_margin[place.target] : rows.target_map.parameters[0];
+  const TargetLogit<T> mapped = rows.target_map(masked ? T(0) : x, margin);
+  const T multiplier = rows.factor ? rows.scale * rows.factor[place.target] : rows.scale;
+  const T bias = rows.bias ? rows.bias[place.target] : T(0);
+  if (!masked) target.z = multiplier * mapped.value + bias;
+  target.slope = multiplier * mapped.slope;
+  if (rows.class_weight) target.class_weight = rows.class_weight[place.target];
+  if (rows.spreads && target.z != -infinity<T>()) target.weight = target.class_weight;
+  return target;
+}
+
+// The coefficients of a row's gradient, and its shift; rest multiplies exponentials relative to that.
+template <class T>
+struct RowGradient {
+  T target;  // of the raw logit
+  T rest;
+  T weights;
+  T shift;
+};
+
+// The end of a row that was read: writes its loss or its split (if this thread `writes`) and returns its gradient.
+template <class S>
+__device__ __forceinline__ RowGradient<Accumulate<S>> finish(const Results<S>& results, const Place& place,
+                                                             const Target<Accumulate<S>>& target,
+                                                             const RowSums<Accumulate<S>>& sums, bool writes) {
+  using T = Accumulate<S>;
+  const T shift = shift_of(sums.highest), target_logit = target.z - shift;
+  const RowSplit<T> split{
+      target_logit,
+      std::log(sums.total),
+      shift,
+      sums.weighted_logits + (target.weight == T(0) ? T(0) : target.weight * target_logit),
+      sums.weight_sum + target.weight,
+      target.class_weight,
+      results.sample_weight ? results.sample_weight[place.row] : T(1),
+      results.class_parameter && place.target >= 0 ? results.class_parameter[place.target] : results.first_parameter,
+  };
+  if (results.target != nullptr) {
+    if (writes) {
+      results.target[place.row] = split.target;
+      results.rest[place.row] = split.rest;
+      results.shift[place.row] = split.shift;
+      if (results.weighted_logits) results.weighted_logits[place.row] = split.weighted_logits;
+      if (results.weight_sum) results.weight_sum[place.row] = split.weight_sum;
+    }
+    return {};
+  }
+  const RowResult<T> result = row_program(split, results.options);
+  if (writes && results.losses) results.losses[place.row] = result.loss;
+  T factor = results.upstream ? results.upstream[place.row * results.upstream_step] : T(1);
+  if (results.normalizer) {
+    factor /= *results.normalizer;
+  } else if (results.divisor) {
+    factor /= *results.divisor;
+  }
+  return {
+      factor * (result.target - result.weights * target.weight) * target.slope,
+      sums.total == T(0) ? T(0) : factor * (result.rest / sums.total),
+      factor * result.weights,
+      shift,
+  };
+}
+
+// What is written for a row that is not read: 0, or NaN where its target is no class.
+template <class T>
+__device__ __forceinline__ T value_of_unread(const Place& place) {
+  return place.outside ? std::numeric_limits<T>::quiet_NaN() : T(0);
+}
+
+// The end of such a row; its split is that of one class, with logit 0.
+template <class S>
+__device__ __forceinline__ void finish_unread(const Results<S>& results, const Place& place) {
+  using T = Accumulate<S>;
+  const T value = value_of_unread<T>(place);
+  if (results.losses) results.losses[place.row] = value;
+  if (results.target == nullptr) return;
+  results.target[place.row] = value;
+  results.rest[place.row] = value - infinity<T>();
+  results.shift[place.row] = value;
+  if (results.weighted_logits) results.weighted_logits[place.row] = value;
+  if (results.weight_sum) results.weight_sum[place.row] = value;
+}
+
+// Class vectors (C,), or stretches of them in shared memory, padded, which begin with the stretch of the row.
+template <class T, bool padded_>
+struct ClassVectors {
+  static constexpr bool padded = padded_;
+  const T* factor;
+  const T* bias;
+  const T* class_weight;
+};
+
+template <class S>
+__device__ __forceinline__ ClassVectors<Accumulate<S>, false> vectors_of(const Rows<S>& rows) {
+  return {rows.factor, rows.bias, rows.class_weight};
+}
+
+// Copies the stretches that a block needs to its shared memory, where they stay while rows pass. A barrier must follow.
+// What lies beyond the classes becomes neutral.
+template <class S>
+__device__ __forceinline__ ClassVectors<Accumulate<S>, true> stage(const Rows<S>& rows, int first, int width, Map map) {
+  using T = Accumulate<S>;
+  ClassVectors<T, true> staged{nullptr, nullptr, nullptr};
+  unsigned offset = 0;
+  const auto copy = [&](const T* vector, T beyond) -> const T* {
+    if (vector == nullptr) return nullptr;
+    T* const copied = dynamic_smem<T>(offset, static_cast<unsigned>(width));
+    offset += static_cast<unsigned>(width) * sizeof(T);
+    for (int i = static_cast<int>(threadIdx.x); i < width; i += static_cast<int>(blockDim.x)) {
+      const int column = first + i;
+      copied[i] = column < rows.classes ? vector[column] : beyond;
+    }
+    return copied;
+  };
+  staged.bias = copy(rows.bias, T(0));
+  if (map == Map::general) {
+    staged.factor = copy(rows.factor, T(1));
+    if (rows.spreads) staged.class_weight = copy(rows.class_weight, T(0));
+  }
+  return staged;
+}
+
+// The bytes of that.
+template <class S>
+unsigned staged_bytes(const Rows<S>& rows, int width, Map map) {
+  int vectors = rows.bias != nullptr;
+  if (map == Map::general) vectors += (rows.factor != nullptr) + (rows.spreads && rows.class_weight != nullptr);
+  return static_cast<unsigned>(vectors) * static_cast<unsigned>(width) * sizeof(Accumulate<S>);
+}
+
+// The packs of a row that a thread holds in registers.
+template <class S, Map map, int packs, class Vectors, bool aligned>
+class Tile {
+ public:
+  using T = Accumulate<S>;
+  using Values = T[Pack<S>::width];
+  static constexpr int width = Pack<S>::width;
+  static constexpr int count = packs * width;  // numbers a thread
+
+  __device__ __forceinline__ Tile(const Rows<S>& rows, const Columns<aligned>& columns, const Vectors& vectors)
+      : rows_(rows), columns_(columns), vectors_(vectors) {}
+
+  __device__ __forceinline__ void load(const Place& place) {
+    forget(columns_.lane);
+    row_ = place.row;
+    const S* const row = rows_.logits + place.row * rows_.stride;
+#pragma unroll
+    for (int i = 0; i < packs; ++i) packs_[i] = load_pack(row, columns_, i);
+  }
+
+  // Instead of loading a row.
+  __device__ __forceinline__ void mask() {
+#pragma unroll
+    for (int i = 0; i < packs; ++i) packs_[i] = Pack<S>::masks();
+  }
+
+  // Takes the target out of the rest; returns whether it was this thread's.
+  __device__ __forceinline__ bool exclude(int target) {
+    forget(columns_.lane);
+    bool found = false;
+#pragma unroll
+    for (int i = 0; i < packs; ++i) {
+      if (!columns_.template may_hold<width>(i, target)) continue;
+#pragma unroll
+      for (int k = 0; k < width; ++k) {
+        if (columns_.template of<width>(i, k) != target) continue;
+        packs_[i].set(k, mask_number<S>());
+        found = true;
+      }
+    }
+    return found;
+  }
+
+  // Before each pass over the packs.
+  __device__ __forceinline__ void forget_values() {
+    forget(columns_.lane);
+#pragma unroll
+    for (int i = 0; i < packs; ++i) {
+#pragma unroll
+      for (int w = 0; w < 4; ++w) forget(packs_[i].words[w]);
+    }
+    forget_memory();
+  }
+
+  // The maximum of the rest.
+  __device__ __forceinline__ T highest() {
+    forget_values();
+    T highest = -infinity<T>();
+#pragma unroll
+    for (int i = 0; i < packs; ++i) {
+      if (!columns_.template has<width>(i)) break;
+      Values x, z, factor, bias;
+      packs_[i].to_values(x);
+      map_pack(i, x, z, factor, bias);
+#pragma unroll
+      for (int k = 0; k < width; ++k) highest = maximum(highest, z[k]);
+    }
+    return highest;
+  }
+
+  // The sums of the rest, relative to a maximum.
+  __device__ __forceinline__ RowSums<T> sums(T highest) {
+    forget_values();
+    RowSums<T> sums{highest, T(0), T(0), T(0)};
+    const T shift = shift_of(highest);
+#pragma unroll
+    for (int i = 0; i < packs; ++i) {
+      if (!columns_.template has<width>(i)) break;
+      Values x, z, factor, bias;
+      packs_[i].to_values(x);
+      map_pack(i, x, z, factor, bias);
+#pragma unroll
+      for (int k = 0; k < width; ++k) sums.total += exponential(z[k] - shift);
+      if constexpr (map == Map::general) {
+        if (!rows_.spreads) continue;
+        Values u;
+        weigh_pack(i, x, bias, u);
+#pragma unroll
+        for (int k = 0; k < width; ++k) {
+          if (u[k] != T(0)) sums.weighted_logits += u[k] * (z[k] - shift);
+          sums.weight_sum += u[k];
+        }
+      }
+    }
+    return sums;
+  }
+
+  // Writes the gradient of the packs; that of the target is not yet right.
+  __device__ __forceinline__ void spread(const RowGradient<T>& gradient, S* d_row) {
+    forget_values();
+    // Where slopes differ from number to number the scale is one of their factors.
+    const T rest = map == Map::affine ? gradient.rest * rows_.scale : gradient.rest;
+#pragma unroll
+    for (int i = 0; i < packs; ++i) {
+      if (!columns_.template has<width>(i)) break;
+      Values x, z, factor, bias, d;
+      packs_[i].to_values(x);
+      map_pack(i, x, z, factor, bias);
+#pragma unroll
+      for (int k = 0; k < width; ++k) d[k] = rest * exponential(z[k] - gradient.shift);
+      if constexpr (map == Map::general) {
+        if (rows_.spreads) {
+          Values u;
+          weigh_pack(i, x, bias, u);
+#pragma unroll
+          for (int k = 0; k < width; ++k) d[k] -= gradient.weights * u[k];
+        }
+#pragma unroll
+        for (int k = 0; k < width; ++k) d[k] *= bend_slope(x[k]) * rows_.scale * factor[k];
+      }
+      store_pack(d_row, columns_, i, d);
+    }
+  }
+
+  // Writes one number to all of them.
+  __device__ __forceinline__ void fill(T value, S* d_row) {
+    forget(columns_.lane);
+    Values values;
+#pragma unroll
+    for (int k = 0; k < width; ++k) values[k] = value;
+#pragma unroll
+    for (int i = 0; i < packs; ++i) store_pack(d_row, columns_, i, values);
+  }
+
+ private:
+  const Rows<S>& rows_;
+  Columns<aligned> columns_;
+  Vectors vectors_;
+  std::int64_t row_ = 0;
+  Pack<S> packs_[packs];
+
+  // Effective logits, -inf where masked; factor and bias as far as the map has them.
+  __device__ __forceinline__ void map_pack(int i, const Values& x, Values& z, Values& factor, Values& bias) const {
+    if constexpr (map == Map::plain) {
+#pragma unroll
+      for (int k = 0; k < width; ++k) z[k] = x[k];
+      return;
+    }
+    load_or(vectors_.bias, i, T(0), bias);
+    if constexpr (map == Map::affine) {
+#pragma unroll
+      for (int k = 0; k < width; ++k) z[k] = rows_.scale * x[k] + bias[k];
+    } else {
+      load_or(vectors_.factor, i, T(1), factor);
+#pragma unroll
+      for (int k = 0; k < width; ++k) {
+        z[k] = x[k] == -infinity<T>() ? x[k] : rows_.scale * factor[k] * bend(x[k]) + bias[k];
+      }
+    }
+  }
+
+  __device__ __forceinline__ void load_or(const T* vector, int i, T otherwise, Values& values) const {
+    if (vector != nullptr) {
+      Columns<aligned> columns = columns_;
+      if constexpr (Vectors::padded) columns.first = 0;
+      load_values<Vectors::padded>(vector, columns, i, otherwise, values);
+      return;
+    }
+#pragma unroll
+    for (int k = 0; k < width; ++k) values[k] = otherwise;
+  }
+
+  // What comes before scale and factor: the soft cap, or Circle loss's map of the rest; and its slope.
+  __device__ __forceinline__ T bend(T x) const {
+    const T margin = rows_.target_map.parameters[0], softcap = rows_.target_map.softcap;
+    if (rows_.is_circle()) return maximum(x + margin, T(0)) * (x - margin);
+    return softcap > T(0) ? softcap * std::tanh(x / softcap) : x;
+  }
+  __device__ __forceinline__ T bend_slope(T x) const {
+    const T margin = rows_.target_map.parameters[0], softcap = rows_.target_map.softcap;
+    if (rows_.is_circle()) {
+      const bool detached = rows_.target_map.parameters[1] != T(0);
+      const T push = x + margin;
+      return push > T(0) ? (detached ? push : push + (x - margin)) : T(0);
+    }
+    if (!(softcap > T(0))) return T(1);
+    const T tanh = std::tanh(x / softcap);
+    return (T(1) - tanh) * (T(1) + tanh);
+  }
+
+  // u: class weights over unmasked classes, or smoothed weighted class probabilities; 0 beyond the classes.
+  __device__ __forceinline__ void weigh_pack(int i, const Values& x, const Values& bias, Values& u) const {
+    Values weight, probability;
+    if (rows_.target == nullptr) {
+      if (rows_.probabilities) {
+        load_values<false>(rows_.probabilities + row_ * rows_.classes, columns_, i, T(0), probability);
+      } else {
+        load_values<false>(rows_.probabilities_wide + row_ * rows_.classes, columns_, i, T(0), probability);
+      }
+    }
+    load_or(vectors_.class_weight, i, T(1), weight);
+#pragma unroll
+    for (int k = 0; k < width; ++k) {
+      const bool masked = x[k] == -infinity<T>() || bias[k] == -infinity<T>();
+      u[k] = masked ? T(0) : T(1);
+      if (rows_.target == nullptr) u[k] = rows_.kept * probability[k] + (masked ? T(0) : rows_.smoothing_per_class);
+      u[k] *= weight[k];
+    }
+  }
+};
+
+// A tile beside these class vectors.
+template <Map map, int packs, class S, class Vectors, bool aligned>
+__device__ __forceinline__ Tile<S, map, packs, Vectors, aligned> tile_of(const Rows<S>& rows,
+                                                                         const Columns<aligned>& columns,
+                                                                         const Vectors& vectors) {
+  return {rows, columns, vectors};
+}
+
+}  // namespace imbalance::cuda

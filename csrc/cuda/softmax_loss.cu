@@ -1,0 +1,197 @@
+// What softmax_loss.h promises: the kernels of softmax_loss.cuh by dtype, and the small ones, of sums and scaling.
+
+#include "softmax_loss.h"
+
+#include <algorithm>
+
+#include "rows.cuh"
+
+namespace imbalance::cuda {
+
+// In softmax_loss.cuh, compiled in softmax_loss_<dtype>.cu.
+template <class S>
+cudaError_t loss_rows_of(const LossArguments&, std::int64_t rows, cudaStream_t stream);
+template <class S>
+cudaError_t split_rows_of(const SplitArguments&, const SplitVectors&, std::int64_t rows, cudaStream_t stream);
+template <class S>
+cudaError_t split_backward_rows_of(const SplitBackwardArguments&, std::int64_t rows, cudaStream_t stream);
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr std::int64_t kStretch = 8192;  // numbers that a block sums
+constexpr int kScalePacks = 4;
+constexpr std::int64_t kMostClasses = std::int64_t{1} << 30;  // columns are 32-bit integers
+
+// f(S{}) for the storage type of a dtype.
+template <class Function>
+cudaError_t with_dtype(Dtype dtype, const Function& f) {
+  switch (dtype) {
+    case Dtype::float32:
+      return f(float{});
+    case Dtype::float64:
+      return f(double{});
+    case Dtype::bfloat16:
+      return f(BFloat16{});
+    case Dtype::float16:
+      return f(Float16{});
+  }
+  return cudaErrorInvalidValue;
+}
+
+// The sum over a block, for its first thread: in double, in an order that depends on the number of threads alone.
+__device__ __forceinline__ double sum_over_block(double x) {
+  SHARED_ARRAY(double, of_warps, kThreads / kWarp);
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
+  x = sum_over_lanes(x, kWarp);
+  if (lane == 0) of_warps[warp] = x;
+  __syncthreads();
+  return sum_over_lanes(lane < kThreads / kWarp ? of_warps[lane] : 0.0, kWarp);
+}
+
+// Each block sums a stretch of n numbers. The normalizer and the divisor are for the last stretch of all, the total.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    sum_stretches(const T* numbers, std::int64_t n, const T* normalizer, const T* divisor, T* sums) {
+  const std::int64_t first = blockIdx.x * kStretch, end = min(first + kStretch, n);
+  double sum = 0;
+  for (std::int64_t i = first + threadIdx.x; i < end; i += kThreads) sum += numbers[i];
+  sum = sum_over_block(sum);
+  if (threadIdx.x != 0) return;
+  if (normalizer != nullptr) {
+    sum = *normalizer == T(0) ? 0.0 : sum / *normalizer;
+  } else if (divisor != nullptr) {
+    sum /= *divisor;
+  }
+  sums[blockIdx.x] = static_cast<T>(sum);
+}
+
+// Each block sums the weights of a stretch of rows.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    sum_weights(const std::int64_t* target, std::int64_t ignore_index, std::int64_t classes, const T* class_weight,
+                const T* sample_weight, std::int64_t rows, T* sums) {
+  const std::int64_t first = blockIdx.x * kStretch, end = min(first + kStretch, rows);
+  double sum = 0;
+  for (std::int64_t row = first + threadIdx.x; row < end; row += kThreads) {
+    double weight = sample_weight != nullptr ? sample_weight[row] : 1;
+    if (target != nullptr) {
+      const std::int64_t label = target[row];
+      if (label < 0 || label >= classes || label == ignore_index) continue;
+      if (class_weight != nullptr) weight *= class_weight[label];
+    }
+    sum += weight;
+  }
+  sum = sum_over_block(sum);
+  if (threadIdx.x == 0) sums[blockIdx.x] = static_cast<T>(sum);
+}
+
+// Multiplies rows by a factor; `lanes` threads share a piece of a row.
+template <class S, bool aligned>
+__global__ void __launch_bounds__(kThreads) scale_rows(S* gradient, std::int64_t stride, std::int64_t rows, int classes,
+                                                       const Accumulate<S>* factor, int lanes) {
+  using T = Accumulate<S>;
+  constexpr int width = Pack<S>::width;
+  const T by = *factor;
+  if (by == T(1)) return;
+  const int lane = static_cast<int>(threadIdx.x) % lanes, group = static_cast<int>(threadIdx.x) / lanes;
+  const int groups = static_cast<int>(blockDim.x) / lanes, length = lanes * kScalePacks * width;
+  const int pieces = (classes + length - 1) / length;
+  const std::int64_t items = rows * pieces, step = static_cast<std::int64_t>(gridDim.x) * groups;
+  for (std::int64_t item = static_cast<std::int64_t>(blockIdx.x) * groups + group; item < items; item += step) {
+    S* const row = gradient + (item / pieces) * stride;
+    const Columns<aligned> columns{static_cast<int>(item % pieces) * length, classes, lanes, lane};
+    Pack<S> packs[kScalePacks];
+#pragma unroll
+    for (int i = 0; i < kScalePacks; ++i) packs[i] = load_pack(row, columns, i);
+#pragma unroll
+    for (int i = 0; i < kScalePacks; ++i) {
+      T values[width];
+      packs[i].to_values(values);
+#pragma unroll
+      for (int k = 0; k < width; ++k) values[k] *= by;
+      store_pack(row, columns, i, values);
+    }
+  }
+}
+
+}  // namespace
+
+cudaError_t loss_rows(const LossArguments& arguments, std::int64_t rows, cudaStream_t stream) {
+  if (arguments.split.classes > kMostClasses) return cudaErrorInvalidValue;
+  return with_dtype(arguments.split.dtype, [&](auto s) { return loss_rows_of<decltype(s)>(arguments, rows, stream); });
+}
+
+cudaError_t split_rows(const SplitArguments& arguments, const SplitVectors& out, std::int64_t rows,
+                       cudaStream_t stream) {
+  if (arguments.classes > kMostClasses) return cudaErrorInvalidValue;
+  return with_dtype(arguments.dtype, [&](auto s) { return split_rows_of<decltype(s)>(arguments, out, rows, stream); });
+}
+
+cudaError_t split_backward_rows(const SplitBackwardArguments& arguments, std::int64_t rows, cudaStream_t stream) {
+  if (arguments.split.classes > kMostClasses) return cudaErrorInvalidValue;
+  return with_dtype(arguments.split.dtype,
+                    [&](auto s) { return split_backward_rows_of<decltype(s)>(arguments, rows, stream); });
+}
+
+std::int64_t partial_sums(std::int64_t n) { return (n + kStretch - 1) / kStretch; }
+
+cudaError_t weight_sums(const LossArguments& arguments, std::int64_t rows, void* sums, cudaStream_t stream) {
+  if (rows == 0) return cudaSuccess;
+  const Shape shape{static_cast<unsigned>(partial_sums(rows)), kThreads, 1, 0};
+  const SplitArguments& split = arguments.split;
+  return with_dtype(split.dtype, [&](auto s) {
+    using T = Accumulate<decltype(s)>;
+    return launch(&sum_weights<T>, shape, stream, split.target, split.ignore_index, split.classes,
+                  static_cast<const T*>(split.class_weight), static_cast<const T*>(arguments.sample_weight), rows,
+                  static_cast<T*>(sums));
+  });
+}
+
+cudaError_t sum(Dtype dtype, const void* numbers, std::int64_t n, const void* normalizer, const void* divisor,
+                void* workspace, void* result, cudaStream_t stream) {
+  const std::int64_t stretches = partial_sums(n);
+  return with_dtype(dtype, [&](auto s) -> cudaError_t {
+    using T = Accumulate<decltype(s)>;
+    const auto run = [&](const void* of, std::int64_t count, const void* by, const void* or_by, void* to) {
+      const Shape shape{static_cast<unsigned>(std::max<std::int64_t>(1, partial_sums(count))), kThreads, 1, 0};
+      return launch(&sum_stretches<T>, shape, stream, static_cast<const T*>(of), count, static_cast<const T*>(by),
+                    static_cast<const T*>(or_by), static_cast<T*>(to));
+    };
+    if (stretches <= 1) return run(numbers, n, normalizer, divisor, result);
+    if (const cudaError_t error = run(numbers, n, nullptr, nullptr, workspace)) return error;
+    return sum(dtype, workspace, stretches, normalizer, divisor, static_cast<T*>(workspace) + stretches, result,
+               stream);
+  });
+}
+
+std::int64_t sum_workspace(std::int64_t n) {
+  std::int64_t numbers = 0;
+  while (n > kStretch) numbers += n = partial_sums(n);
+  return numbers;
+}
+
+cudaError_t scale(Dtype dtype, void* gradient, std::int64_t stride, std::int64_t rows, std::int64_t classes,
+                  const void* factor, cudaStream_t stream) {
+  if (rows == 0 || classes == 0) return cudaSuccess;
+  if (classes > kMostClasses) return cudaErrorInvalidValue;
+  return with_dtype(dtype, [&](auto s) -> cudaError_t {
+    using S = decltype(s);
+    constexpr int per_lane = kScalePacks * Pack<S>::width;
+    int lanes = 1;
+    while (lanes < kThreads && lanes * per_lane < classes) lanes *= 2;
+    const std::int64_t pieces = (classes + lanes * per_lane - 1) / (lanes * per_lane), groups = kThreads / lanes;
+    const bool aligned = reinterpret_cast<std::uintptr_t>(gradient) % 16 == 0 && stride % Pack<S>::width == 0 &&
+                         classes % Pack<S>::width == 0;
+    Shape shape{1, kThreads, 1, 0};
+    auto kernel = &scale_rows<S, false>;
+    if (aligned) kernel = &scale_rows<S, true>;
+    int resident = 0;
+    if (const cudaError_t error = resident_clusters(kernel, shape, &resident)) return error;
+    shape.blocks = static_cast<unsigned>(std::min<std::int64_t>((rows * pieces + groups - 1) / groups, resident));
+    return launch(kernel, shape, stream, static_cast<S*>(gradient), stride, rows, static_cast<int>(classes),
+                  static_cast<const Accumulate<S>*>(factor), lanes);
+  });
+}
+
+}  // namespace imbalance::cuda

@@ -1,0 +1,462 @@
+// softmax_loss and target_and_rest on CUDA: value and gradient of any softmax-family loss in one trip over the logits.
+//
+// Four kernels, by which threads share a row, around the same device functions (rows.cuh, row_reduce.cuh):
+//
+// - rows_in_lanes: narrow rows, each shared by 1 to 32 lanes of a warp. Nothing but shuffles between them.
+// - rows_over_clusters: a row stays in the registers of a cluster of 1 to 16 blocks; maxima and sums go through
+//   distributed shared memory. Two blocks share a multiprocessor, so that one row's loads overlap another's stores.
+// - rows_in_sweeps: rows too long for that, or a device without clusters, or nothing but losses: one block reads a row
+//   in pieces, and for its gradient again, the last piece first, so that it begins with what the cache still holds.
+// - rows_again: the backward of target_and_rest, which knows shift and sum already.
+//
+// The first three are persistent: a block's stretch of class vectors stays in its shared memory while rows pass (but in
+// sweeps, where it would not fit). N*C is read once and written once; nothing of its size but the gradient is
+// allocated. No atomics: a row's bits depend on its own values, its width and its alignment alone.
+#pragma once
+
+#include <algorithm>
+
+#include "rows.cuh"
+
+namespace imbalance::cuda {
+
+constexpr int kRowPacks = 8;         // of a thread's registers, in rows_over_clusters
+constexpr int kRowThreads = 256;     // at most; two such blocks fill a multiprocessor's registers
+constexpr int kLargestCluster = 16;  // blocks
+constexpr int kLanePacks = 4;        // in rows_in_lanes
+constexpr int kLaneThreads = 128;
+constexpr int kSweepPacks = 4;  // at a time, in rows_in_sweeps
+constexpr int kSweepThreads = 512;
+constexpr int kAgainPacks = 4;  // in rows_again
+constexpr int kAgainThreads = 256;
+constexpr unsigned kReservedShared = 4 << 10;  // bytes of a block beside the class vectors
+constexpr double kCacheShare = 0.7;            // of the L2 cache, for rows that are read again
+
+template <class S, Map map, bool aligned>
+__global__ void __launch_bounds__(kLaneThreads)
+    rows_in_lanes(const __grid_constant__ Rows<S> rows, const __grid_constant__ Results<S> results, int lanes) {
+  using T = Accumulate<S>;
+  constexpr bool weighted = map == Map::general;
+  const int lane = static_cast<int>(threadIdx.x) % lanes, group = static_cast<int>(threadIdx.x) / lanes;
+  const int groups = static_cast<int>(blockDim.x) / lanes;
+  const Columns<aligned> columns{0, rows.classes, lanes, lane};
+  auto tile = tile_of<map, kLanePacks>(rows, columns, stage(rows, 0, lanes * kLanePacks * Pack<S>::width, map));
+  __syncthreads();
+  const bool is_nothing = results.is_nothing();
+
+  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * groups;
+  for (std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * groups; first < rows.count; first += step) {
+    const Place place = place_of(rows, first + group, is_nothing);
+    if (place.is_read) {
+      tile.load(place);
+    } else {
+      tile.mask();
+    }
+    const Target<T> target = load_target(rows, place);
+    const bool owns_target = tile.exclude(place.target);
+    const T highest = max_over_lanes(tile.highest(), lanes);
+    const RowSums<T> sums = add_over_lanes<weighted>(tile.sums(highest), lanes);
+    if (place.row >= rows.count) continue;
+    S* const d_row = results.d_logits ? results.d_logits + place.row * results.gradient_stride : nullptr;
+    if (!place.is_read) {
+      if (lane == 0) finish_unread(results, place);
+      if (d_row) tile.fill(value_of_unread<T>(place), d_row);
+      continue;
+    }
+    const RowGradient<T> gradient = finish(results, place, target, sums, lane == 0);
+    if (d_row == nullptr) continue;
+    tile.spread(gradient, d_row);
+    if (owns_target) store_number(d_row + place.target, gradient.target);
+  }
+}
+
+template <class S, Map map, bool aligned>
+__global__ void __launch_bounds__(kRowThreads, 2)
+    rows_over_clusters(const __grid_constant__ Rows<S> rows, const __grid_constant__ Results<S> results) {
+  using T = Accumulate<S>;
+  constexpr bool weighted = map == Map::general;
+  SHARED_ARRAY(RowSums<T>, sums_of_warps, kRowThreads / kWarp);
+  SHARED_ARRAY(RowSums<T>, sums_of_blocks, 2 * kLargestCluster);  // of this row and of the next
+  SHARED_ARRAY(RowGradient<T>, gradient_of_row, 1);
+
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  const int warp = thread / kWarp, lane = thread % kWarp, warps = threads / kWarp;
+  const int rank = static_cast<int>(cluster_rank()), blocks = static_cast<int>(cluster_size());
+  const int stretch = threads * kRowPacks * Pack<S>::width;
+  const Columns<aligned> columns{rank * stretch, rows.classes, threads, thread};
+  auto tile = tile_of<map, kRowPacks>(rows, columns, stage(rows, rank * stretch, stretch, map));
+  cluster_sync();  // the stretches are there, and so are all blocks
+  const bool is_nothing = results.is_nothing();
+
+  int parity = 0;
+  const int count = static_cast<int>(rows.count), step = static_cast<int>(gridDim.x) / blocks;
+  for (int row = static_cast<int>(blockIdx.x) / blocks; row < count; row += step) {  // no memory holds more such rows
+    const Place place = place_of(rows, row, is_nothing);
+    S* const d_row = results.d_logits + row * results.gradient_stride;
+    if (!place.is_read) {  // the same for all threads of the cluster
+      if (rank == 0 && thread == 0) finish_unread(results, place);
+      tile.fill(value_of_unread<T>(place), d_row);
+      continue;
+    }
+    tile.load(place);
+    const bool owns_target = tile.exclude(place.target);
+    const T highest = max_over_lanes(tile.highest(), kWarp);
+    RowSums<T> sums = add_over_lanes<weighted>(tile.sums(highest), kWarp);
+    if (lane == 0) sums_of_warps[warp] = sums;
+    Target<T> target{};
+    if (warp == 0) target = load_target(rows, place);  // in place: before the barriers, after which it is overwritten
+    __syncthreads();                                   // sums of warps
+    if (warp == 0) {
+      sums = join_lanes<weighted>(lane < warps ? sums_of_warps[lane] : RowSums<T>::nothing(), kWarp);
+      if (lane < blocks) *remote(&sums_of_blocks[parity * kLargestCluster + rank], static_cast<unsigned>(lane)) = sums;
+    }
+    if (blocks > 1) cluster_sync(warp == 0);  // sums of blocks: no warp waits for its last gradient's stores
+    if (warp == 0) {
+      if (blocks > 1) {
+        const RowSums<T>* const of_blocks = &sums_of_blocks[parity * kLargestCluster];
+        sums = join_lanes<weighted>(lane < blocks ? of_blocks[lane] : RowSums<T>::nothing(), kWarp);
+      }
+      const RowGradient<T> gradient = finish(results, place, target, sums, rank == 0 && lane == 0);
+      if (lane == 0) gradient_of_row[0] = gradient;
+    }
+    __syncthreads();  // gradient of the row
+    const RowGradient<T> gradient = gradient_of_row[0];
+    tile.spread(gradient, d_row);
+    if (owns_target) store_number(d_row + place.target, gradient.target);
+    parity ^= 1;  // a block that is ahead writes the next row's sums while others read this one's
+  }
+}
+
+template <class S, Map map, bool aligned>
+__global__ void __launch_bounds__(kSweepThreads, 1)
+    rows_in_sweeps(const __grid_constant__ Rows<S> rows, const __grid_constant__ Results<S> results) {
+  using T = Accumulate<S>;
+  constexpr bool weighted = map == Map::general;
+  SHARED_ARRAY(RowSums<T>, sums_of_warps, kSweepThreads / kWarp);
+  SHARED_ARRAY(RowGradient<T>, gradient_of_row, 1);
+
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  const int warp = thread / kWarp, lane = thread % kWarp, warps = threads / kWarp;
+  const int length = threads * kSweepPacks * Pack<S>::width, pieces = (rows.classes + length - 1) / length;
+  const auto piece_of = [&](int index) {
+    const Columns<aligned> columns{index * length, rows.classes, threads, thread};
+    return tile_of<map, kSweepPacks>(rows, columns, vectors_of(rows));
+  };
+  const bool is_nothing = results.is_nothing();
+
+  for (std::int64_t row = blockIdx.x; row < rows.count; row += gridDim.x) {
+    const Place place = place_of(rows, row, is_nothing);
+    S* const d_row = results.d_logits ? results.d_logits + row * results.gradient_stride : nullptr;
+    if (!place.is_read) {
+      if (thread == 0) finish_unread(results, place);
+      for (int i = 0; d_row && i < pieces; ++i) piece_of(i).fill(value_of_unread<T>(place), d_row);
+      continue;
+    }
+    Target<T> target{};
+    if (warp == 0) target = load_target(rows, place);
+    RowSums<T> sums = RowSums<T>::nothing();
+    for (int i = 0; i < pieces; ++i) {
+      auto piece = piece_of(i);
+      piece.load(place);
+      piece.exclude(place.target);
+      sums = sums.raised(maximum(sums.highest, piece.highest()));
+      sums = sums.plus(piece.sums(sums.highest));
+    }
+    sums = join_lanes<weighted>(sums, kWarp);
+    if (lane == 0) sums_of_warps[warp] = sums;
+    __syncthreads();  // sums of warps
+    if (warp == 0) {
+      sums = join_lanes<weighted>(lane < warps ? sums_of_warps[lane] : RowSums<T>::nothing(), kWarp);
+      const RowGradient<T> gradient = finish(results, place, target, sums, lane == 0);
+      if (lane == 0) gradient_of_row[0] = gradient;
+    }
+    __syncthreads();  // gradient of the row
+    if (d_row == nullptr) continue;
+    const RowGradient<T> gradient = gradient_of_row[0];
+    for (int i = pieces - 1; i >= 0; --i) {
+      auto piece = piece_of(i);
+      piece.load(place);
+      const bool owns_target = piece.exclude(place.target);
+      piece.spread(gradient, d_row);
+      if (owns_target) store_number(d_row + place.target, gradient.target);
+    }
+  }
+}
+
+// The gradients of a split; weighted_logits may be null.
+template <class T>
+struct SplitGradients {
+  const T* rest;  // (N,) and shift: of the forward
+  const T* shift;
+  const T* d_target;
+  const T* d_rest;
+  const T* d_weighted_logits;
+};
+
+template <class S, Map map, bool aligned>
+__global__ void __launch_bounds__(kAgainThreads)
+    rows_again(const __grid_constant__ Rows<S> rows, const __grid_constant__ SplitGradients<Accumulate<S>> gradients,
+               S* d_logits, std::int64_t gradient_stride, int lanes) {
+  using T = Accumulate<S>;
+  const int lane = static_cast<int>(threadIdx.x) % lanes, group = static_cast<int>(threadIdx.x) / lanes;
+  const int groups = static_cast<int>(blockDim.x) / lanes;
+  const int length = lanes * kAgainPacks * Pack<S>::width, pieces = (rows.classes + length - 1) / length;
+  const std::int64_t items = rows.count * pieces, step = static_cast<std::int64_t>(gridDim.x) * groups;
+  for (std::int64_t item = static_cast<std::int64_t>(blockIdx.x) * groups + group; item < items; item += step) {
+    const Place place = place_of(rows, item / pieces, false);
+    S* const d_row = d_logits + place.row * gradient_stride;
+    const Columns<aligned> columns{static_cast<int>(item % pieces) * length, rows.classes, lanes, lane};
+    auto piece = tile_of<map, kAgainPacks>(rows, columns, vectors_of(rows));
+    if (!place.is_read) {
+      piece.fill(value_of_unread<T>(place), d_row);
+      continue;
+    }
+    piece.load(place);
+    const bool owns_target = piece.exclude(place.target);
+    const T rest = gradients.rest[place.row];
+    const T d_rest = gradients.d_rest[place.row];
+    RowGradient<T> gradient{
+        T(0),
+        rest == -infinity<T>() ? T(0) : d_rest * std::exp(-rest),
+        gradients.d_weighted_logits ? -gradients.d_weighted_logits[place.row] : T(0),
+        gradients.shift[place.row],
+    };
+    if (owns_target) {  // its logit is read by the thread that overwrites it
+      const Target<T> target = load_target(rows, place);
+      gradient.target = (gradients.d_target[place.row] - gradient.weights * target.weight) * target.slope;
+    }
+    piece.spread(gradient, d_row);
+    if (owns_target) store_number(d_row + place.target, gradient.target);
+  }
+}
+
+// ---------------------------------------------------------------- launches
+
+template <class S>
+Rows<S> rows_of(const SplitArguments& a, std::int64_t count) {
+  using T = Accumulate<S>;
+  Rows<S> rows{};
+  rows.count = count;
+  rows.classes = static_cast<int>(a.classes);
+  rows.logits = static_cast<const S*>(a.logits);
+  rows.stride = a.row_stride;
+  rows.target = a.target;
+  rows.probabilities = a.probabilities_are_logits_dtype ? static_cast<const S*>(a.probabilities) : nullptr;
+  rows.probabilities_wide = a.probabilities_are_logits_dtype ? nullptr : static_cast<const T*>(a.probabilities);
+  rows.ignore_index = a.ignore_index;
+  rows.scale = static_cast<T>(a.scale);
+  rows.factor = static_cast<const T*>(a.factor);
+  rows.bias = static_cast<const T*>(a.bias);
+  rows.class_margin = static_cast<const T*>(a.class_margin);
+  rows.class_weight = static_cast<const T*>(a.class_weight);
+  rows.target_map = {a.margin_kind,
+                     {static_cast<T>(a.margin_parameters[0]), static_cast<T>(a.margin_parameters[1]),
+                      static_cast<T>(a.margin_parameters[2]), static_cast<T>(a.margin_parameters[3])},
+                     static_cast<T>(a.softcap)};
+  rows.kept = static_cast<T>(1 - a.label_smoothing);
+  rows.smoothing_per_class = static_cast<T>(a.label_smoothing / static_cast<double>(a.classes));
+  rows.spreads = a.target == nullptr || a.label_smoothing > 0;
+  return rows;
+}
+
+// Whether rows are made of whole packs: of all that is (N, C), and beside class vectors.
+template <class S>
+bool is_aligned(const Rows<S>& rows, const S* d_logits, std::int64_t gradient_stride) {
+  const auto at_packs = [](const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; };
+  constexpr int width = Pack<S>::width;
+  return rows.classes % width == 0 && rows.stride % width == 0 && gradient_stride % width == 0 &&
+         at_packs(rows.logits) && at_packs(d_logits) && at_packs(rows.probabilities) &&
+         at_packs(rows.probabilities_wide) && at_packs(rows.factor) && at_packs(rows.bias) &&
+         at_packs(rows.class_weight);
+}
+
+template <class S>
+Map map_of(const Rows<S>& rows) {
+  if (std::is_same_v<S, double> || rows.spreads || rows.factor || rows.target_map.softcap > 0 ||
+      rows.target_map.kind == MarginKind::circle || !(rows.scale > 0)) {
+    return Map::general;
+  }
+  return rows.bias != nullptr || rows.scale != 1 ? Map::affine : Map::plain;
+}
+
+// The form of a kernel, as constants.
+template <Map map_, bool aligned_>
+struct Form {
+  static constexpr Map map = map_;
+  static constexpr bool aligned = aligned_;
+};
+
+// f(Form) for the form that serves these rows. Not every kernel is worth compiling in a plain form (`with_plain`), and
+// float64, which is for tests, has the general ones alone.
+template <class S, bool with_plain, class Function>
+cudaError_t with_form(const Rows<S>& rows, bool aligned, const Function& f) {
+  const Map map = map_of(rows);
+  if constexpr (!std::is_same_v<S, double>) {
+    if constexpr (with_plain) {
+      if (map == Map::plain && aligned) return f(Form<Map::plain, true>{});
+    }
+    if (map != Map::general) return aligned ? f(Form<Map::affine, true>{}) : f(Form<Map::affine, false>{});
+  }
+  return aligned ? f(Form<Map::general, true>{}) : f(Form<Map::general, false>{});
+}
+
+inline int ceiling(std::int64_t a, std::int64_t b) { return static_cast<int>((a + b - 1) / b); }
+
+// The fewest lanes, a power of two up to `most`, whose packs hold so many numbers, or `most`.
+inline int lanes_for(int numbers, int per_lane, int most) {
+  int lanes = 1;
+  while (lanes < most && lanes * per_lane < numbers) lanes *= 2;
+  return lanes;
+}
+
+// Whole warps that share so many numbers.
+inline int threads_for(int numbers, int per_thread, int most) {
+  return std::min(most, ceiling(ceiling(numbers, per_thread), kWarp) * kWarp);
+}
+
+constexpr cudaError_t kNoSuchCluster = cudaErrorInvalidClusterSize;
+
+// As many clusters as the device runs at a time, or as there is work for.
+template <class... Parameters>
+cudaError_t fill_device(void (*kernel)(Parameters...), std::int64_t work, Shape* shape) {
+  int resident = 0;
+  if (const cudaError_t error = resident_clusters(kernel, *shape, &resident)) return error;
+  shape->blocks = static_cast<unsigned>(std::min<std::int64_t>(work, resident)) * shape->cluster;
+  return resident > 0 ? cudaSuccess : kNoSuchCluster;
+}
+
+template <class S>
+cudaError_t launch_in_lanes(const Rows<S>& rows, const Results<S>& results, bool aligned, cudaStream_t stream) {
+  constexpr int per_lane = kLanePacks * Pack<S>::width;
+  const int lanes = lanes_for(rows.classes, per_lane, kWarp);
+  return with_form<S, true>(rows, aligned, [&](auto form) {
+    const auto kernel = &rows_in_lanes<S, form.map, form.aligned>;
+    Shape shape{1, kLaneThreads, 1, staged_bytes(rows, lanes * per_lane, form.map)};
+    if (const cudaError_t error = fill_device(kernel, ceiling(rows.count, kLaneThreads / lanes), &shape)) return error;
+    return launch(kernel, shape, stream, rows, results, lanes);
+  });
+}
+
+// Launches with the smallest clusters whose registers hold a row, and whose shared memory its class vectors.
+template <class S>
+cudaError_t launch_over_clusters(const Rows<S>& rows, const Results<S>& results, bool aligned, const Device& device,
+                                 cudaStream_t stream) {
+  constexpr int per_thread = kRowPacks * Pack<S>::width;
+  return with_form<S, true>(rows, aligned, [&](auto form) {
+    const auto kernel = &rows_over_clusters<S, form.map, form.aligned>;
+    for (int blocks = 1; blocks <= (device.has_clusters ? kLargestCluster : 1); blocks *= 2) {
+      const int stretch = ceiling(rows.classes, blocks);
+      if (stretch > kRowThreads * per_thread) continue;
+      const int threads = threads_for(stretch, per_thread, kRowThreads);
+      const unsigned bytes = staged_bytes(rows, threads * per_thread, form.map);
+      if (bytes + kReservedShared > static_cast<unsigned>(device.shared_memory)) continue;
+      Shape shape{0, static_cast<unsigned>(threads), static_cast<unsigned>(blocks), bytes};
+      const cudaError_t error = fill_device(kernel, rows.count, &shape);
+      if (error == kNoSuchCluster) continue;
+      return error == cudaSuccess ? launch(kernel, shape, stream, rows, results) : error;
+    }
+    return kNoSuchCluster;
+  });
+}
+
+template <class S>
+cudaError_t launch_in_sweeps(const Rows<S>& rows, const Results<S>& results, bool aligned, const Device& device,
+                             cudaStream_t stream) {
+  constexpr int per_thread = kSweepPacks * Pack<S>::width;
+  Shape shape{1, static_cast<unsigned>(threads_for(rows.classes, per_thread, kSweepThreads)), 1, 0};
+  std::int64_t work = rows.count;
+  if (results.d_logits != nullptr) {  // so few rows at a time that the cache holds them until they are read again
+    const auto row_bytes = static_cast<double>(rows.classes) * sizeof(S);
+    work = std::min<std::int64_t>(
+        work, std::max(device.multiprocessors / 2, static_cast<int>(kCacheShare * device.cache / row_bytes)));
+    work = std::max<std::int64_t>(work, 1);
+  }
+  return with_form<S, false>(rows, aligned, [&](auto form) {
+    const auto kernel = &rows_in_sweeps<S, form.map, form.aligned>;
+    if (const cudaError_t error = fill_device(kernel, work, &shape)) return error;
+    return launch(kernel, shape, stream, rows, results);
+  });
+}
+
+template <class S>
+cudaError_t launch_rows(const Rows<S>& rows, const Results<S>& results, cudaStream_t stream) {
+  if (rows.count == 0) return cudaSuccess;
+  const bool aligned = is_aligned(rows, results.d_logits, results.gradient_stride);
+  Device device;
+  if (const cudaError_t error = current_device(&device)) return error;
+  if constexpr (!std::is_same_v<S, double>) {  // which is for tests
+    if (rows.classes <= kWarp * kLanePacks * Pack<S>::width) return launch_in_lanes(rows, results, aligned, stream);
+    if (results.d_logits != nullptr) {
+      const cudaError_t error = launch_over_clusters(rows, results, aligned, device, stream);
+      if (error != kNoSuchCluster) return error;
+    }
+  }
+  return launch_in_sweeps(rows, results, aligned, device, stream);
+}
+
+template <class S>
+cudaError_t loss_rows_of(const LossArguments& a, std::int64_t count, cudaStream_t stream) {
+  using T = Accumulate<S>;
+  S* const d_logits = static_cast<S*>(a.d_logits);
+  const Rows<S> rows = rows_of<S>(a.split, count);
+  Results<S> results{};
+  results.options = {rows.target != nullptr,
+                     a.objective,
+                     static_cast<T>(a.objective_parameters[1]),
+                     static_cast<T>(a.split.label_smoothing),
+                     rows.smoothing_per_class,
+                     static_cast<T>(a.z_loss),
+                     T(1)};
+  results.first_parameter = static_cast<T>(a.objective_parameters[0]);
+  results.class_parameter = static_cast<const T*>(a.class_parameter);
+  results.sample_weight = static_cast<const T*>(a.sample_weight);
+  results.upstream = static_cast<const T*>(a.upstream);
+  results.upstream_step = a.upstream_step;
+  results.normalizer = static_cast<const T*>(a.normalizer);
+  results.divisor = static_cast<const T*>(a.divisor);
+  results.losses = static_cast<T*>(a.losses);
+  results.d_logits = d_logits;
+  results.gradient_stride = a.gradient_stride;
+  return launch_rows(rows, results, stream);
+}
+
+template <class S>
+cudaError_t split_rows_of(const SplitArguments& a, const SplitVectors& out, std::int64_t count, cudaStream_t stream) {
+  using T = Accumulate<S>;
+  Results<S> results{};
+  results.target = static_cast<T*>(out.target);
+  results.rest = static_cast<T*>(out.rest);
+  results.shift = static_cast<T*>(out.shift);
+  results.weighted_logits = static_cast<T*>(out.weighted_logits);
+  results.weight_sum = static_cast<T*>(out.weight_sum);
+  return launch_rows(rows_of<S>(a, count), results, stream);
+}
+
+template <class S>
+cudaError_t split_backward_rows_of(const SplitBackwardArguments& a, std::int64_t count, cudaStream_t stream) {
+  using T = Accumulate<S>;
+  constexpr int per_lane = kAgainPacks * Pack<S>::width;
+  S* const d_logits = static_cast<S*>(a.d_logits);
+  const Rows<S> rows = rows_of<S>(a.split, count);
+  const SplitGradients<T> gradients{static_cast<const T*>(a.rest), static_cast<const T*>(a.shift),
+                                    static_cast<const T*>(a.d_target), static_cast<const T*>(a.d_rest),
+                                    static_cast<const T*>(a.d_weighted)};
+  const int lanes = lanes_for(rows.classes, per_lane, kAgainThreads);
+  const std::int64_t items = count * ceiling(rows.classes, lanes * per_lane);
+  if (items == 0) return cudaSuccess;
+  const bool aligned = is_aligned(rows, d_logits, a.gradient_stride);
+  return with_form<S, false>(rows, aligned, [&](auto form) {
+    const auto kernel = &rows_again<S, form.map, form.aligned>;
+    Shape shape{1, kAgainThreads, 1, 0};
+    if (const cudaError_t error = fill_device(kernel, ceiling(items, kAgainThreads / lanes), &shape)) return error;
+    return launch(kernel, shape, stream, rows, gradients, d_logits, a.gradient_stride, lanes);
+  });
+}
+
+// The functions of softmax_loss.h for one dtype of logits, each compiled in a file of its own.
+#define IMBALANCE_CUDA_DTYPE(S)                                                                                  \
+  template cudaError_t loss_rows_of<S>(const LossArguments&, std::int64_t, cudaStream_t);                        \
+  template cudaError_t split_rows_of<S>(const SplitArguments&, const SplitVectors&, std::int64_t, cudaStream_t); \
+  template cudaError_t split_backward_rows_of<S>(const SplitBackwardArguments&, std::int64_t, cudaStream_t);
+
+}  // namespace imbalance::cuda

@@ -1,0 +1,232 @@
+// Packs of 16 bytes, numbers in them, and which columns of a row a thread's packs hold.
+#pragma once
+
+#include <cstdint>
+
+#include "device.cuh"
+
+namespace imbalance::cuda {
+
+struct BFloat16 {
+  std::uint16_t bits;
+};
+struct Float16 {
+  std::uint16_t bits;
+};
+
+// Statistics are float, or double where the logits are.
+template <class S>
+struct AccumulateOf {
+  using type = float;
+};
+template <>
+struct AccumulateOf<double> {
+  using type = double;
+};
+template <class S>
+using Accumulate = typename AccumulateOf<S>::type;
+
+template <class T>
+__device__ __forceinline__ T infinity() {
+  return std::numeric_limits<T>::infinity();
+}
+
+__device__ __forceinline__ float number_of(float x) { return x; }
+__device__ __forceinline__ double number_of(double x) { return x; }
+__device__ __forceinline__ float number_of(BFloat16 x) {
+  return __uint_as_float(static_cast<std::uint32_t>(x.bits) << 16);
+}
+__device__ __forceinline__ float number_of(Float16 x) { return __half2float(__ushort_as_half(x.bits)); }
+
+__device__ __forceinline__ void store_number(float* p, float x) { *p = x; }
+__device__ __forceinline__ void store_number(double* p, double x) { *p = x; }
+__device__ __forceinline__ void store_number(BFloat16* p, float x) {
+  p->bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
+}
+__device__ __forceinline__ void store_number(Float16* p, float x) { p->bits = __half_as_ushort(__float2half_rn(x)); }
+
+// Two halves, converted in one instruction.
+__device__ __forceinline__ std::uint32_t word_of(BFloat16, float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  std::uint32_t word;
+  memcpy(&word, &pair, sizeof(word));
+  return word;
+}
+__device__ __forceinline__ std::uint32_t word_of(Float16, float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  std::uint32_t word;
+  memcpy(&word, &pair, sizeof(word));
+  return word;
+}
+
+// A number that takes no part: -inf.
+template <class S>
+__device__ __forceinline__ S mask_number() {
+  S number;
+  store_number(&number, -infinity<Accumulate<S>>());
+  return number;
+}
+
+// 16 bytes of a row as they are stored, in four registers; two halves share one. Registers have no index: that of a
+// number must be a constant, as in an unrolled loop.
+template <class S>
+struct Pack {
+  using T = Accumulate<S>;
+  static constexpr int width = 16 / sizeof(S);
+
+  std::uint32_t words[4];
+
+  static __device__ __forceinline__ Pack load(const S* p) {
+    const uint4 words = load_streaming(reinterpret_cast<const uint4*>(p));
+    return {{words.x, words.y, words.z, words.w}};
+  }
+  static __device__ __forceinline__ Pack masks() {
+    Pack pack;
+#pragma unroll
+    for (int k = 0; k < width; ++k) pack.set(k, mask_number<S>());
+    return pack;
+  }
+  __device__ __forceinline__ void store(S* p) const {
+    store_streaming(reinterpret_cast<uint4*>(p), make_uint4(words[0], words[1], words[2], words[3]));
+  }
+
+  __device__ __forceinline__ S get(int k) const {
+    S number;
+    if constexpr (sizeof(S) == 2) {
+      number.bits = static_cast<std::uint16_t>(words[k / 2] >> (16 * (k % 2)));
+    } else {
+      memcpy(&number, &words[k * sizeof(S) / 4], sizeof(S));
+    }
+    return number;
+  }
+  __device__ __forceinline__ void set(int k, S number) {
+    if constexpr (sizeof(S) == 2) {
+      const std::uint32_t kept = words[k / 2] & (k % 2 ? 0x0000ffffu : 0xffff0000u);
+      words[k / 2] = kept | static_cast<std::uint32_t>(number.bits) << (16 * (k % 2));
+    } else {
+      memcpy(&words[k * sizeof(S) / 4], &number, sizeof(S));
+    }
+  }
+
+  // The numbers are the values, or the values rounded to the nearest.
+  __device__ __forceinline__ void to_values(T (&values)[width]) const {
+#pragma unroll
+    for (int k = 0; k < width; ++k) values[k] = number_of(get(k));
+  }
+  static __device__ __forceinline__ Pack of_values(const T (&values)[width]) {
+    Pack pack;
+    if constexpr (sizeof(S) == 2) {
+#pragma unroll
+      for (int w = 0; w < 4; ++w) pack.words[w] = word_of(S{}, values[2 * w], values[2 * w + 1]);
+    } else {
+      memcpy(pack.words, values, sizeof(pack.words));
+    }
+    return pack;
+  }
+};
+
+// The columns of a stretch of a row that are a thread's: the `lanes` threads which share it take packs in turns.
+// Aligned packs are as they lie in memory, and the row has all of a pack or nothing. Elsewhere a pack's numbers are
+// `lanes` columns apart, so that neighbouring threads still load neighbouring numbers.
+template <bool aligned>
+struct Columns {
+  int first;  // of the stretch
+  int end;    // C
+  int lanes;
+  int lane;
+
+  template <int width>
+  __device__ __forceinline__ int of(int pack, int k) const {
+    return aligned ? first + (pack * lanes + lane) * width + k : first + (pack * width + k) * lanes + lane;
+  }
+
+  // False: the row has nothing of the pack.
+  template <int width>
+  __device__ __forceinline__ bool has(int pack) const {
+    return of<width>(pack, 0) < end;
+  }
+
+  // False: the pack does not hold the column. Saves comparing each of its numbers.
+  template <int width>
+  __device__ __forceinline__ bool may_hold(int pack, int column) const {
+    const int step = aligned ? 1 : lanes, from = of<width>(pack, 0);
+    return column >= from && column - from < width * step;
+  }
+
+  // The same, as something new to the compiler (device.cuh).
+  __device__ __forceinline__ Columns forgotten() const {
+    Columns same = *this;
+    forget(same.lane);
+    forget(same.lanes);
+    return same;
+  }
+};
+
+// A pack of a row; numbers that the row does not have are masks.
+template <class S, bool aligned>
+__device__ __forceinline__ Pack<S> load_pack(const S* row, const Columns<aligned>& columns, int pack) {
+  constexpr int width = Pack<S>::width;
+  if constexpr (aligned) {
+    const int column = columns.template of<width>(pack, 0);
+    return column < columns.end ? Pack<S>::load(row + column) : Pack<S>::masks();
+  } else {
+    const Columns<aligned> apart = columns.forgotten();
+    Pack<S> loaded;
+#pragma unroll
+    for (int k = 0; k < width; ++k) {
+      const int column = apart.template of<width>(pack, k);
+      loaded.set(k, column < apart.end ? row[column] : mask_number<S>());
+    }
+    return loaded;
+  }
+}
+
+template <class S, bool aligned>
+__device__ __forceinline__ void store_pack(S* row, const Columns<aligned>& columns, int pack,
+                                           const Accumulate<S> (&values)[Pack<S>::width]) {
+  constexpr int width = Pack<S>::width;
+  if constexpr (aligned) {
+    const int column = columns.template of<width>(pack, 0);
+    if (column < columns.end) Pack<S>::of_values(values).store(row + column);
+  } else {
+    const Columns<aligned> apart = columns.forgotten();
+#pragma unroll
+    for (int k = 0; k < width; ++k) {
+      const int column = apart.template of<width>(pack, k);
+      if (column < apart.end) store_number(row + column, values[k]);
+    }
+  }
+}
+
+// The numbers beside a pack in another vector of the same columns: a class vector, or class probabilities. `fill` where
+// there are none; a vector that is `padded` has some for every pack.
+template <bool padded, int width, class S, class T, bool aligned>
+__device__ __forceinline__ void load_values(const S* vector, const Columns<aligned>& columns, int pack, T fill,
+                                            T (&values)[width]) {
+  if constexpr (aligned) {
+    constexpr int step = 16 / sizeof(S);
+    static_assert(width % step == 0);
+    const int column = columns.template of<width>(pack, 0);
+    if constexpr (!padded) {
+#pragma unroll
+      for (int k = 0; k < width; ++k) values[k] = fill;
+      if (column >= columns.end) return;
+    }
+#pragma unroll
+    for (int k = 0; k < width; k += step) {
+      const uint4 words = *reinterpret_cast<const uint4*>(vector + column + k);
+      const Pack<S> numbers{{words.x, words.y, words.z, words.w}};
+#pragma unroll
+      for (int j = 0; j < step; ++j) values[k + j] = number_of(numbers.get(j));
+    }
+  } else {
+    const Columns<aligned> apart = columns.forgotten();
+#pragma unroll
+    for (int k = 0; k < width; ++k) {
+      const int column = apart.template of<width>(pack, k);
+      values[k] = padded || column < apart.end ? number_of(vector[column]) : fill;
+    }
+  }
+}
+
+}  // namespace imbalance::cuda

@@ -1,0 +1,11 @@
+"""Which implementations the tables run.
+
+With IMBALANCE_KERNELS_EMULATED, the library that tests/emulation builds of the CUDA kernels, it is these alone, on the
+CPU; such a run is started by `make test-emulated`, with `-k cuda`.
+"""
+
+import os
+
+EMULATED = "IMBALANCE_KERNELS_EMULATED" in os.environ
+KERNELS = ("cuda",) if EMULATED else ("cpu", "triton")
+IMPLEMENTATIONS = KERNELS if EMULATED else ("reference", *KERNELS)

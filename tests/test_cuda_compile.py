@@ -1,0 +1,176 @@
+"""The CUDA kernels compiled for devices that are not there: registers, spills, width of loads, instructions.
+
+Each file of csrc/cuda is compiled by nvcc for every architecture, warnings as errors; what ptxas reports of a kernel
+and its machine code (SASS) are read. The main kernels are the aligned ones without the options that few losses use.
+"""
+
+import collections
+import functools
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import triton
+
+SOURCES = sorted((Path(__file__).parent.parent / "csrc/cuda").glob("*.cu"))
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
+KERNELS = ("rows_in_lanes", "rows_over_clusters", "rows_in_sweeps", "rows_again")
+MAPS = ("plain", "affine", "general")
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+THREADS = {"rows_in_lanes": 128, "rows_over_clusters": 256, "rows_in_sweeps": 512, "rows_again": 256}
+BLOCKS = {"rows_in_lanes": 7, "rows_over_clusters": 2, "rows_in_sweeps": 1, "rows_again": 3}  # of a multiprocessor
+PACKS = {"rows_in_lanes": 4, "rows_over_clusters": 8, "rows_in_sweeps": 4, "rows_again": 4}  # of 16 bytes, a thread
+
+SPILLED = 128  # bytes a thread that kernels beyond the main ones may spill
+# Instructions for each number of a bfloat16 or float32 row, in one trip: loaded, its maximum, its exponential twice,
+# stored. A copy on an H200 leaves about 27 issue slots for each bfloat16 number.
+INSTRUCTIONS = {
+    ("rows_in_lanes", "plain"): 17,
+    ("rows_in_lanes", "affine"): 22,
+    ("rows_over_clusters", "plain"): 18,
+    ("rows_over_clusters", "affine"): 23,
+}
+
+
+def require_nvcc() -> None:
+    """Leave a test out where there is no CUDA compiler; fail it where that was promised, as in CI."""
+    if shutil.which("nvcc"):
+        return
+    message = "nvcc is not installed"
+    if os.environ.get("IMBALANCE_KERNELS_TEST_ALL") == "1":
+        pytest.fail(message)
+    pytest.skip(message)
+
+
+class Kernel(collections.namedtuple("Kernel", "name map aligned architecture stack spilled registers")):
+    @property
+    def is_main(self) -> bool:
+        return self.aligned and self.map != "general"
+
+
+def kind_of(symbol: str):
+    """(name, map, aligned) of a mangled kernel of rows; None for others."""
+    found = re.search(r"\d(rows_[a-z_]+?)I.*3MapE(\d)ELb(\d)E", symbol)
+    return found and (found[1], MAPS[int(found[2])], found[3] == "1")
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """compile(source, architecture) -> (cubin, kernels of rows), once each."""
+    require_nvcc()
+    folder = tmp_path_factory.mktemp("cubins")
+
+    @functools.cache
+    def compile_source(source: Path, architecture: str):
+        cubin = folder / f"{source.stem}.{architecture}.cubin"
+        command = ["nvcc", "-std=c++20", f"-arch={architecture}", "-cubin", "-Xptxas", "-v", "-Werror", "all-warnings"]
+        command += ["--expt-relaxed-constexpr", "-o", str(cubin), str(source)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        report = re.findall(
+            r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores.*?Used (\d+) regi",
+            done.stderr,
+            re.DOTALL,
+        )
+        assert report
+        kernels = [
+            Kernel(*kind, architecture, *map(int, numbers)) for symbol, *numbers in report if (kind := kind_of(symbol))
+        ]
+        return cubin, kernels
+
+    return compile_source
+
+
+def dtype_of(source: Path) -> str:
+    return source.stem.rpartition("_")[2]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+def test_compiles_without_spills(compiled, source, architecture):
+    _, kernels = compiled(source, architecture)
+    names = {kernel.name for kernel in kernels}
+    expected = {"loss": set(), "float64": {"rows_in_sweeps", "rows_again"}}
+    assert names == expected.get(dtype_of(source), set(KERNELS))
+    for kernel in kernels:
+        assert kernel.registers * THREADS[kernel.name] <= 65536, kernel
+        if kernel.is_main:
+            assert (kernel.stack, kernel.spilled) == (0, 0), kernel
+            # Registers are given out to warps in units of eight a thread.
+            assert -(-kernel.registers // 8) * 8 * THREADS[kernel.name] * BLOCKS[kernel.name] <= 65536, kernel
+        else:
+            assert kernel.spilled <= SPILLED, kernel
+
+
+def functions_of(cubin: Path) -> dict[tuple, list[tuple[int, str]]]:
+    """The machine code of kernels of rows: kind -> (address, instruction)."""
+    code = subprocess.run([CUOBJDUMP, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+    functions = {}
+    for part in code.split("Function : ")[1:]:
+        if kind := kind_of(part.split(maxsplit=1)[0]):
+            found = re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);", part, re.MULTILINE)
+            functions[kind] = [(int(address, 16), instruction) for address, instruction in found]
+    return functions
+
+
+def hot_blocks(function: list[tuple[int, str]]) -> list[list[str]]:
+    """The basic blocks that work on many numbers: with four exponentials or maxima, or a vector of 16 bytes."""
+    targets = {
+        int(target, 16)
+        for _, instruction in function
+        for target in re.findall(r"(?:BRA|BSSY|CALL)\b.*?0x([0-9a-f]+)", instruction)
+    }
+    blocks: list[list[str]] = [[]]
+    for address, instruction in function:
+        if address in targets:
+            blocks.append([])
+        blocks[-1].append(instruction)
+        if re.search(r"\b(BRA|EXIT|RET|BAR|CALL)\b", instruction):
+            blocks.append([])
+    return [
+        block
+        for block in blocks
+        if any(
+            sum(bool(re.search(pattern, instruction)) for instruction in block) >= least
+            for pattern, least in [(r"MUFU\.EX2", 4), ("FMNMX", 4), (r"(LDG|STG)\S*\.128", 1)]
+        )
+    ]
+
+
+def count(pattern: str, instructions: list[str]) -> int:
+    return sum(bool(re.search(pattern, instruction)) for instruction in instructions)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_machine_code(compiled, dtype):
+    """sm_90: 16 bytes at a time, the exponentials that there must be, and few instructions beside."""
+    (source,) = (source for source in SOURCES if dtype_of(source) == dtype)
+    functions = functions_of(compiled(source, "sm_90")[0])
+    bytes_of_number = 2 if dtype == "bfloat16" else 4
+    checked = set()
+    for (name, mapping, aligned), function in functions.items():
+        if not aligned or mapping == "general":
+            continue
+        packs, numbers = PACKS[name], PACKS[name] * 16 // bytes_of_number
+        code = [instruction for _, instruction in function]
+        reads = 2 if name == "rows_in_sweeps" else 1
+        exponentials = 1 if name == "rows_again" else 2
+        # A row is loaded and its gradient stored by packs; `fill` stores zeros by packs too. The one narrow store is
+        # the target's.
+        assert count(r"LDG\S*\.EF\.128", code) == reads * packs, (name, mapping)
+        assert count(r"STG\S*\.EF\.128", code) == 2 * packs, (name, mapping)
+        if dtype == "bfloat16":
+            assert count(r"STG\S*\.U16", code) == 1, (name, mapping)
+        # Beside those of the numbers: of the lanes' sums, of the row program.
+        assert exponentials * numbers <= count(r"MUFU\.EX2", code) <= exponentials * numbers + 24, (name, mapping)
+        assert count("LDL|STL", code) == 0
+        if (name, mapping) in INSTRUCTIONS and dtype == "bfloat16":
+            hot = [instruction for block in hot_blocks(function) for instruction in block]
+            fills = packs * 12  # instructions of `fill`, which is not part of a trip
+            assert (len(hot) - fills) / numbers <= INSTRUCTIONS[name, mapping], (name, mapping, len(hot))
+            checked.add((name, mapping))
+    assert dtype != "bfloat16" or checked == set(INSTRUCTIONS)
