@@ -9,7 +9,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 CSRC := $(wildcard csrc/*.[ch]* csrc/*/*.[ch]*)
 EMULATION := $(wildcard tests/emulation/*.h tests/emulation/*.cu)
 
-.PHONY: help venv test test-full demo bench gpu-check triton-versions mutants lint format wheel clean
+.PHONY: help venv test test-full test-emulated demo bench gpu-check triton-versions mutants lint format wheel clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,11 +44,16 @@ $(VENV)/.built: $(VENV)/.installed setup.py $(CSRC)
 
 venv: $(VENV)/.built  ## create .venv: pinned packages, this one editable, the extension compiled
 
+PYTEST_ARGS := -n auto --maxprocesses 8 --durations=10
 test: venv  ## run the tests (TEST_ARGS="-k focal")
-	$(PY) -m pytest -q -n auto --maxprocesses 8 --durations=10 $(TEST_ARGS)
+	$(PY) -m pytest -q $(PYTEST_ARGS) $(TEST_ARGS)
+	$(if $(TEST_ARGS),,$(MAKE) test-emulated)
+
+test-emulated: venv  ## run the tables of tests with the CUDA kernels on the CPU (needs nvcc, for its headers)
+	$(PY) tests/emulation/tables.py $(VENV)/emulated.so $(PYTEST_ARGS)
 
 test-full: venv  ## run the tests on many more random cases
-	$(PY) -m pytest -q -n auto --maxprocesses 8 --durations=10 --hypothesis-profile=full $(TEST_ARGS)
+	$(PY) -m pytest -q $(PYTEST_ARGS) --hypothesis-profile=full $(TEST_ARGS)
 
 demo: venv  ## run the demo (DEMO_ARGS="--data FOLDER")
 	$(PY) examples/demo.py $(DEMO_ARGS)

@@ -106,10 +106,10 @@ def _time_bars(axis: Axes, group: Group, loss: str) -> None:
     finish_bars(axis, labels)
 
 
-def finish_bars(axis: Axes, labels: list[str]) -> None:
-    longest = max((bar.get_width() for bar in axis.patches), default=1.0)
-    axis.axvline(1, color=INK, linewidth=1, linestyle="--")
-    axis.set_xlim(0, 1.4 * max(longest, 1.0))
+def finish_bars(axis: Axes, labels: list[str], floor: float = 1.0) -> None:
+    longest = max((bar.get_width() for bar in axis.patches), default=floor)
+    axis.axvline(floor, color=INK, linewidth=1, linestyle="--")
+    axis.set_xlim(0, 1.4 * max(longest, floor))
     axis.set_ylim(len(labels) - 0.4, -0.6)  # the first on top
     axis.set_yticks(range(len(labels)), labels)
     axis.tick_params(axis="y", length=0)

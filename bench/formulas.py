@@ -128,6 +128,22 @@ def eager_z_loss(x: Tensor, target: Tensor, classes: ClassVectors) -> Tensor:
     return F.cross_entropy(x, target) + Z_LOSS * x.logsumexp(dim=1).square().mean()
 
 
+def with_margin_and_prior(objective: type[Objective]) -> Loss:
+    """An objective with a margin for each class and a prior."""
+    formula = EAGER_OBJECTIVES.get(objective.name)
+
+    def eager(x: Tensor, target: Tensor, classes: ClassVectors) -> Tensor:
+        z = _with_margin(x, target, classes.margin[target]) + classes.log_prior
+        return formula(_target_log_p(z, target)).mean()
+
+    arguments = lambda classes: {  # noqa: E731
+        "objective": objective(),
+        "margin": classes.margin,
+        "prior": ik.Prior(classes.counts),
+    }
+    return Loss(f"{objective.name}, margin and prior", arguments, eager if formula else None)
+
+
 def _objective_loss(objective: type[Objective]) -> Loss:
     return Loss(objective.name, lambda classes: {"objective": objective()}, eager_objective(objective.name), limit=1.10)
 
@@ -141,6 +157,40 @@ FOCAL_AND_PRIOR = Loss(
     limit=1.10,
 )
 
+WITH_PRIOR = Loss(
+    LOGIT_ADJUSTMENT,
+    lambda classes: {"prior": ik.Prior(classes.counts)},
+    lambda x, target, classes: F.cross_entropy(x + classes.log_prior, target),
+    limit=1.10,
+)
+
+WITH_FACTOR = Loss(
+    "VS (prior and factor)",
+    lambda classes: {"prior": ik.Prior(classes.counts), "factor": classes.factor},
+    lambda x, target, classes: F.cross_entropy(classes.factor * x + classes.log_prior, target),
+    beside=LOGIT_ADJUSTMENT,
+    limit=1.15,
+)
+
+# On a GPU. Each of VECTOR_LOSSES reads one vector (C,) more than the one before it.
+FOCAL_MARGIN_PRIOR = with_margin_and_prior(Focal)
+VECTOR_LOSSES = (
+    WITH_PRIOR,
+    WITH_FACTOR,
+    Loss(
+        "VS with weighted smoothing",
+        lambda classes: {
+            **WITH_FACTOR.arguments(classes),
+            "weight": classes.weight.float(),
+            "label_smoothing": SMOOTHING,
+        },
+        eager=None,
+    ),
+)
+OBJECTIVE_LOSSES = tuple(
+    FOCAL_MARGIN_PRIOR if objective is Focal else with_margin_and_prior(objective) for objective in REGISTRY.values()
+)
+
 # Timed in every mode, against every candidate.
 MAIN_LOSSES = (PLAIN, FOCAL_AND_PRIOR)
 
@@ -148,20 +198,9 @@ MAIN_LOSSES = (PLAIN, FOCAL_AND_PRIOR)
 # vector 15 % more than without that vector, smoothing with class weights 50 %.
 OTHER_LOSSES = (
     *(_objective_loss(objective) for objective in REGISTRY.values() if objective is not CrossEntropy),
-    Loss(
-        LOGIT_ADJUSTMENT,
-        lambda classes: {"prior": ik.Prior(classes.counts)},
-        lambda x, target, classes: F.cross_entropy(x + classes.log_prior, target),
-        limit=1.10,
-    ),
+    WITH_PRIOR,
     FOCAL_AND_PRIOR,
-    Loss(
-        "VS (prior and factor)",
-        lambda classes: {"prior": ik.Prior(classes.counts), "factor": classes.factor},
-        lambda x, target, classes: F.cross_entropy(classes.factor * x + classes.log_prior, target),
-        beside=LOGIT_ADJUSTMENT,
-        limit=1.15,
-    ),
+    WITH_FACTOR,
     Loss(
         "LDAM (margin per class)",
         lambda classes: {"margin": classes.margin, "scale": LDAM_SCALE},

@@ -37,19 +37,23 @@ def toolkit() -> Path | None:
     return Path(found[1]).resolve() if found else None
 
 
+def missing() -> str | None:
+    """What is not there, and without which nothing can be compiled."""
+    if not shutil.which(COMPILER):
+        return f"{COMPILER} is not installed"
+    if toolkit() is None:
+        return "no CUDA toolkit: nvcc is not on PATH, or does not say where it is"
+    if not (toolkit() / "include" / "cuda_bf16.h").is_file():
+        return f"no CUDA headers in {toolkit() / 'include'}"
+    return None
+
+
 def require() -> None:
     """Leave a test out where nothing can be compiled; fail it where that was promised, as in CI."""
-    if not shutil.which(COMPILER):
-        message = f"{COMPILER} is not installed"
-    elif toolkit() is None:
-        message = "no CUDA toolkit: nvcc is not on PATH, or does not say where it is"
-    elif not (toolkit() / "include" / "cuda_bf16.h").is_file():
-        message = f"no CUDA headers in {toolkit() / 'include'}"
-    else:
-        return
-    if os.environ.get("IMBALANCE_KERNELS_TEST_ALL") == "1":
-        pytest.fail(message)
-    pytest.skip(message)
+    if message := missing():
+        if os.environ.get("IMBALANCE_KERNELS_TEST_ALL") == "1":
+            pytest.fail(message)
+        pytest.skip(message)
 
 
 def compile(sources: Iterable[Path], output: Path, flags: Iterable[str] = ()) -> Path:

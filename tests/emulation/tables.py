@@ -1,0 +1,60 @@
+"""Runs the tables of tests with impl="cuda" on the CPU, emulated, under the address and undefined-behaviour sanitizers.
+
+    python tests/emulation/tables.py LIBRARY [arguments for pytest]
+
+LIBRARY is made of csrc/cuda and csrc/bindings.cpp, where it is older than they are.
+"""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch.utils import cpp_extension
+
+import build
+
+TESTS = build.EMULATION.parent
+TABLES = [TESTS / f"test_{name}.py" for name in ("softmax_loss", "numerics", "modules", "properties", "behaviour")]
+SOURCES = [build.CSRC / "bindings.cpp", *sorted(build.CSRC.glob("cuda/*.cu"))]
+
+
+def make_library(output: Path) -> None:
+    """Compile the CUDA kernels and their bindings against the emulator, one process for each file."""
+    inputs = [path for folder in (build.CSRC, build.EMULATION) for path in folder.rglob("*") if path.is_file()]
+    if output.exists() and output.stat().st_mtime > max(path.stat().st_mtime for path in inputs):
+        return
+    flags = [*build.SANITIZERS["address"], "-fPIC", '-DIMBALANCE_WITH_CUDA="emulated"', "-DIMBALANCE_EMULATED"]
+    for path in cpp_extension.include_paths():
+        flags += ["-isystem", path]
+    objects = output.with_suffix(".objects")
+    objects.mkdir(parents=True, exist_ok=True)
+
+    def compile_source(source: Path) -> Path:
+        return build.compile([source], objects / f"{source.name}.o", [*flags, "-c"])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        made = list(pool.map(compile_source, SOURCES))
+    libraries = Path(torch.__file__).parent / "lib"
+    link = [build.COMPILER, *build.LIBRARY, *build.SANITIZERS["address"], *made, "-o", output.with_suffix(".part")]
+    link += [f"-L{libraries}", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{libraries}"]
+    subprocess.run(list(map(str, link)), check=True)
+    os.replace(output.with_suffix(".part"), output)
+
+
+def main() -> int:
+    if message := build.missing():
+        print(f"impl='cuda' is not tested: {message}")
+        return os.environ.get("IMBALANCE_KERNELS_TEST_ALL") == "1"
+    library = Path(sys.argv[1]).resolve()
+    make_library(library)
+    environment = {**build.address_environment(), "IMBALANCE_KERNELS_EMULATED": str(library)}
+    # The sanitizer reports a crash better than Python's fault handler, which would be asked first.
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:faulthandler", "-k", "cuda", *TABLES, *sys.argv[2:]]
+    return subprocess.run(command, env=environment).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
