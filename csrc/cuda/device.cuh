@@ -39,11 +39,11 @@ __device__ __forceinline__ unsigned cluster_rank() { return cooperative_groups::
 __device__ __forceinline__ unsigned cluster_size() { return cooperative_groups::this_cluster().num_blocks(); }
 __device__ __forceinline__ void cluster_sync(bool publishes = true) {
   if (publishes) {
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
   } else {
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
   }
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
 template <class T>
 __device__ __forceinline__ T* remote(T* p, unsigned rank) {

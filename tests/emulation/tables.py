@@ -17,7 +17,9 @@ from torch.utils import cpp_extension
 import build
 
 TESTS = build.EMULATION.parent
-TABLES = [TESTS / f"test_{name}.py" for name in ("softmax_loss", "numerics", "modules", "properties", "behaviour")]
+TABLES = [
+    TESTS / f"test_{name}.py" for name in ("cuda", "softmax_loss", "numerics", "modules", "properties", "behaviour")
+]
 SOURCES = [build.CSRC / "bindings.cpp", *sorted(build.CSRC.glob("cuda/*.cu"))]
 
 

@@ -1,0 +1,833 @@
+// Runs the CUDA kernels of csrc/cuda through softmax_loss.h: a program, which says what is wrong and exits with 1.
+//
+//     kernels ORDERS [CASE...]
+//
+// Each case below, or those named, in forward, in reverse and in ORDERS random orders: the results must be the same to
+// the bit, and close to those of a computation in float64. All arrays are allocations of just their size, so that
+// AddressSanitizer sees what goes beyond them; what lies between rows, or before them, is NaN and must stay as it is.
+#include "cuda/softmax_loss.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "emulator.h"
+
+#if defined(FLOAT32_ALONE)  // the kernels of other dtypes are not compiled, and no case of theirs is to be named
+namespace imbalance::cuda {
+struct BFloat16;
+struct Float16;
+#define ABSENT(S)                                                                                        \
+  template <class>                                                                                       \
+  cudaError_t loss_rows_of(const LossArguments&, std::int64_t, cudaStream_t);                            \
+  template <class>                                                                                       \
+  cudaError_t split_rows_of(const SplitArguments&, const SplitVectors&, std::int64_t, cudaStream_t);     \
+  template <class>                                                                                       \
+  cudaError_t split_backward_rows_of(const SplitBackwardArguments&, std::int64_t, cudaStream_t);         \
+  template <>                                                                                            \
+  cudaError_t loss_rows_of<S>(const LossArguments&, std::int64_t, cudaStream_t) {                        \
+    return cudaErrorNotSupported;                                                                        \
+  }                                                                                                      \
+  template <>                                                                                            \
+  cudaError_t split_rows_of<S>(const SplitArguments&, const SplitVectors&, std::int64_t, cudaStream_t) { \
+    return cudaErrorNotSupported;                                                                        \
+  }                                                                                                      \
+  template <>                                                                                            \
+  cudaError_t split_backward_rows_of<S>(const SplitBackwardArguments&, std::int64_t, cudaStream_t) {     \
+    return cudaErrorNotSupported;                                                                        \
+  }
+ABSENT(double)
+ABSENT(BFloat16)
+ABSENT(Float16)
+#undef ABSENT
+}  // namespace imbalance::cuda
+#endif
+
+namespace {
+
+using namespace imbalance;
+using namespace imbalance::cuda;
+
+// What a case has beside logits and targets; without kBare and kMean sample weights, a gradient for each row and a
+// normalizer too.
+enum Option : unsigned {
+  kBias = 1 << 0,
+  kScale = 1 << 1,
+  kFactor = 1 << 2,
+  kSoftcap = 1 << 3,
+  kMargin = 1 << 4,  // of each class
+  kCircle = 1 << 5,
+  kWeights = 1 << 6,  // of classes
+  kSmoothing = 1 << 7,
+  kProbabilities = 1 << 8,      // instead of targets
+  kWideProbabilities = 1 << 9,  // float where the logits are not
+  kGammas = 1 << 10,            // of each class
+  kZLoss = 1 << 11,
+  kBare = 1 << 12,
+  kMean = 1 << 13,     // one gradient for all rows, and a divisor
+  kNothing = 1 << 14,  // the normalizer is 0
+  kMasks = 1 << 15,    // of logits, and of a class by its bias; one row whole
+  kInPlace = 1 << 16,
+  kLosses = 1 << 17,            // alone
+  kSplit = 1 << 18,             // target_and_rest and its backward
+  kFar = 1 << 19,               // rows are 2^30 numbers apart
+  kUnalignedVectors = 1 << 20,  // of classes, and probabilities
+  kGradientStrided = 1 << 21,   // by one number more than the logits
+  kGradientOffset = 1 << 22,
+};
+
+// With the largest shared memory 12 KB or less even short rows need clusters where there is a bias; with 4 KB they
+// cannot have them.
+constexpr Device kHopper{2, 227 << 10, 50 << 20, true}, kAmpere{2, 99 << 10, 50 << 20, false};
+constexpr Device kSmall{2, 12 << 10, 50 << 20, true}, kMedium{2, 28 << 10, 50 << 20, true};
+constexpr Device kTiny{2, 4 << 10, 50 << 20, true}, kLittleCache{8, 99 << 10, 40000, false};
+
+struct Case {
+  const char* name;
+  int rows, classes;
+  unsigned cluster, threads;  // of the last kernel that serves it
+  unsigned options = 0;
+  int gap = 0;     // stride - classes
+  int offset = 0;  // numbers before the first row
+  Device device = kHopper;
+  Dtype dtype = Dtype::float32;
+
+  bool has(unsigned any) const { return (options & any) != 0; }
+};
+
+constexpr unsigned kEverything = kBias | kScale | kFactor | kSoftcap | kWeights | kSmoothing | kGammas | kMasks;
+
+constexpr Case kCases[] = {
+    // rows_in_lanes, of 1 to 32 lanes
+    {"lanes_1", 300, 16, 1, 128},
+    {"lanes_1_one_class", 5, 1, 1, 128},
+    {"lanes_1_mean", 7, 5, 1, 128, kMean},
+    {"lanes_2", 140, 31, 1, 128, kBias, 0, 1},
+    {"lanes_4", 70, 64, 1, 128, kScale | kBias | kInPlace, 4},
+    {"lanes_8", 40, 91, 1, 128, kFactor | kSoftcap | kMargin | kMasks, 5},
+    {"lanes_8_circle", 5, 128, 1, 128, kCircle | kScale | kMasks | kZLoss},
+    {"lanes_16", 20, 256, 1, 128, kEverything},
+    {"lanes_16_losses", 5, 200, 1, 128, kBias | kLosses | kUnalignedVectors},
+    {"lanes_32", 11, 500, 1, 128, kProbabilities | kWeights | kSmoothing | kMasks},
+    {"lanes_32_odd", 11, 507, 1, 128, kMean | kInPlace, 1, 2},
+    {"lanes_32_bias", 5, 500, 1, 128, kBias | kMasks},
+    {"lanes_strided", 5, 80, 1, 128, 0, 2},
+    {"lanes_offset", 5, 80, 1, 128, kScale, 0, 1},
+    {"lanes_gradient_strided", 5, 80, 1, 128, kGradientStrided},
+    {"lanes_gradient_offset", 5, 80, 1, 128, kGradientOffset},
+    {"lanes_nothing", 5, 40, 1, 128, kNothing, 4},
+    {"lanes_far", 3, 20, 1, 128, kFar},
+    {"lanes_bfloat16", 11, 776, 1, 128, kEverything, 8, 0, kHopper, Dtype::bfloat16},
+    {"lanes_bfloat16_odd", 11, 777, 1, 128, kBias, 0, 3, kHopper, Dtype::bfloat16},
+    {"lanes_float16", 5, 96, 1, 128, kProbabilities | kSmoothing, 0, 0, kHopper, Dtype::float16},
+
+    // rows_over_clusters, of 1 to 16 blocks
+    {"cluster_1", 5, 2000, 1, 64, kInPlace},
+    {"cluster_1_odd", 5, 1999, 1, 64, kScale | kBias | kMasks, 2, 1},
+    {"cluster_1_one_warp", 5, 1000, 1, 32, kBare},
+    {"cluster_1_full", 3, 8192, 1, 256, 0, 4},
+    {"cluster_1_nothing", 3, 601, 1, 32, kNothing, 1},
+    {"cluster_1_far", 3, 600, 1, 32, kFar},
+    {"cluster_2", 3, 8196, 2, 160},
+    {"cluster_2_bias", 5, 4096, 2, 64, kBias | kMasks | kInPlace, 0, 0, kSmall},
+    {"cluster_4", 3, 16388, 4, 160, kScale},
+    {"cluster_4_everything", 5, 8000, 4, 64, kEverything, 4, 0, kMedium},
+    {"cluster_4_probabilities",
+     5,
+     4001,
+     4,
+     32,
+     kProbabilities | kSmoothing | kWeights | kMasks,
+     0,
+     0,
+     {2, 9 << 10, 0, true}},
+    {"cluster_4_unaligned_probabilities",
+     3,
+     4096,
+     4,
+     32,
+     kProbabilities | kUnalignedVectors | kBias,
+     0,
+     0,
+     {2, 9 << 10, 0, true}},
+    {"cluster_8", 3, 32772, 8, 160},
+    {"cluster_8_odd", 5, 16001, 8, 64, kBias | kMean, 1, 3, kSmall},
+    {"cluster_16", 3, 65540, 16, 160},
+    {"cluster_16_bias", 5, 32000, 16, 64, kBias | kZLoss, 0, 0, kSmall},
+    {"cluster_2_bfloat16", 3, 16408, 2, 160, kBias, 0, 0, kHopper, Dtype::bfloat16},
+    {"cluster_2_float16", 3, 16407, 2, 160, kEverything & ~kMasks, 0, 0, kHopper, Dtype::float16},
+    {"cluster_1_wide_probabilities", 5, 2000, 1, 32, kProbabilities | kWideProbabilities, 0, 0, kHopper,
+     Dtype::bfloat16},
+
+    // rows_in_sweeps
+    {"sweeps", 5, 20000, 1, 512, 0, 0, 0, kAmpere},
+    {"sweeps_odd", 5, 9001, 1, 512, kEverything | kInPlace, 1, 1, kAmpere},
+    {"sweeps_weights", 5, 1000, 1, 64, kBias | kWeights | kSmoothing | kUnalignedVectors, 0, 0, kTiny},
+    {"sweeps_probabilities", 3, 8200, 1, 512, kProbabilities | kWeights | kInPlace, 0, 0, kLittleCache},
+    {"sweeps_unaligned_bias", 5, 1000, 1, 64, kLosses | kBias | kUnalignedVectors},
+    {"sweeps_losses", 5, 1001, 1, 64, kLosses | kMasks | kBias},
+    {"sweeps_losses_long", 5, 17000, 1, 512, kLosses | kScale},
+    {"sweeps_nothing", 3, 9000, 1, 512, kNothing, 4, 0, kAmpere},
+    {"sweeps_far", 3, 600, 1, 64, kFar | kBias, 0, 0, kTiny},
+    {"sweeps_bfloat16", 3, 34000, 1, 512, kBias, 0, 0, kAmpere, Dtype::bfloat16},
+    {"sweeps_float64", 5, 2001, 1, 256, kEverything, 0, 0, kHopper, Dtype::float64},
+    {"sweeps_float64_short", 5, 10, 1, 32, kProbabilities, 0, 0, kHopper, Dtype::float64},
+
+    // rows_again
+    {"again_1", 300, 16, 1, 256, kSplit},
+    {"again_8", 40, 100, 1, 256, kSplit | kEverything | kInPlace},
+    {"again_128", 5, 2000, 1, 256, kSplit | kScale | kBias | kMasks},
+    {"again_256", 5, 5001, 1, 256, kSplit | kWeights | kSmoothing, 1, 3},
+    {"again_unaligned_weights", 5, 1000, 1, 256, kSplit | kWeights | kSmoothing | kUnalignedVectors},
+    {"again_circle", 5, 9000, 1, 256, kSplit | kCircle | kUnalignedVectors | kFactor},
+    {"again_probabilities", 5, 700, 1, 256, kSplit | kProbabilities | kWeights},
+    {"again_far", 3, 20, 1, 256, kSplit | kFar},
+    {"again_bfloat16", 5, 1500, 1, 256, kSplit | kEverything, 0, 0, kHopper, Dtype::bfloat16},
+};
+
+int random_orders = 0;
+std::string name;  // of the case
+
+template <class... Arguments>
+[[noreturn]] void wrong(const char* format, Arguments... arguments) {
+  char text[300];
+  std::snprintf(text, sizeof(text), format, arguments...);
+  throw std::runtime_error(text);
+}
+
+// ---- Memory ----
+
+using Bytes = std::vector<unsigned char>;
+
+std::size_t size_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
+Dtype wide(Dtype dtype) { return dtype == Dtype::float64 ? dtype : Dtype::float32; }
+
+// `count` numbers, at first NaNs, of which the first is `offset` numbers from a multiple of 16 bytes.
+class Numbers {
+ public:
+  Numbers() = default;  // absent
+  Numbers(Dtype dtype, std::size_t count, std::size_t offset = 0, bool is_far = false)
+      : dtype_(dtype), size_((offset + count) * size_of(dtype)) {
+    if (is_far) {  // touched where there are rows alone
+      memory_ = static_cast<unsigned char*>(
+          mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+      if (memory_ == MAP_FAILED) wrong("no address space");
+    } else {
+      memory_ = static_cast<unsigned char*>(std::malloc(size_));
+      std::fill_n(memory_, size_, 0xff);
+    }
+    first_ = memory_ + offset * size_of(dtype);
+    is_far_ = is_far;
+  }
+  Numbers(const Numbers&) = delete;
+  Numbers(Numbers&& other) noexcept { swap(other); }
+  Numbers& operator=(Numbers other) noexcept {
+    swap(other);
+    return *this;
+  }
+  ~Numbers() {
+    if (is_far_) {
+      munmap(memory_, size_);
+    } else {
+      std::free(memory_);
+    }
+  }
+
+  void* data() const { return first_; }
+  explicit operator bool() const { return first_ != nullptr; }
+
+  double operator[](std::size_t i) const {
+    switch (dtype_) {
+      case Dtype::float32:
+        return reinterpret_cast<const float*>(first_)[i];
+      case Dtype::float64:
+        return reinterpret_cast<const double*>(first_)[i];
+      case Dtype::bfloat16:
+        return static_cast<double>(__bfloat162float(reinterpret_cast<const __nv_bfloat16*>(first_)[i]));
+      case Dtype::float16:
+        return static_cast<double>(__half2float(reinterpret_cast<const __half*>(first_)[i]));
+    }
+    return 0;
+  }
+  void set(std::size_t i, double x) {
+    switch (dtype_) {
+      case Dtype::float32:
+        reinterpret_cast<float*>(first_)[i] = static_cast<float>(x);
+        break;
+      case Dtype::float64:
+        reinterpret_cast<double*>(first_)[i] = x;
+        break;
+      case Dtype::bfloat16:
+        reinterpret_cast<__nv_bfloat16*>(first_)[i] = __float2bfloat16(static_cast<float>(x));
+        break;
+      case Dtype::float16:
+        reinterpret_cast<__half*>(first_)[i] = __float2half(static_cast<float>(x));
+        break;
+    }
+  }
+
+  // Numbers from, ..., to - 1.
+  Bytes bytes(std::size_t from, std::size_t to) const {
+    return {first_ + from * size_of(dtype_), first_ + to * size_of(dtype_)};
+  }
+  void check_untouched(std::size_t from, std::size_t to) const {
+    const Bytes all = bytes(from, to);
+    if (std::any_of(all.begin(), all.end(), [](unsigned char byte) { return byte != 0xff; })) {
+      wrong("numbers between the rows are overwritten");
+    }
+  }
+  void check_untouched_before() const {
+    if (std::any_of(memory_, first_, [](unsigned char byte) { return byte != 0xff; })) {
+      wrong("numbers before the rows are overwritten");
+    }
+  }
+
+ private:
+  Dtype dtype_ = Dtype::float32;
+  std::size_t size_ = 0;
+  unsigned char *memory_ = nullptr, *first_ = nullptr;
+  bool is_far_ = false;
+
+  void swap(Numbers& other) noexcept {
+    std::swap(dtype_, other.dtype_);
+    std::swap(size_, other.size_);
+    std::swap(memory_, other.memory_);
+    std::swap(first_, other.first_);
+    std::swap(is_far_, other.is_far_);
+  }
+};
+
+// Rows that may lie apart.
+class Matrix {
+ public:
+  explicit Matrix(const Case& c, int more_gap = 0, int more_offset = 0)
+      : rows_(c.rows), classes_(c.classes), stride_(c.has(kFar) ? (1 << 30) + 4 : c.classes + c.gap + more_gap) {
+    const auto offset = static_cast<std::size_t>(c.offset + more_offset);
+    numbers_ = Numbers(c.dtype, at(rows_ - 1, classes_), offset, c.has(kFar));
+  }
+
+  void* data() const { return numbers_.data(); }
+  std::int64_t stride() const { return stride_; }
+  double get(int row, int column) const { return numbers_[at(row, column)]; }
+  void set(int row, int column, double x) { numbers_.set(at(row, column), x); }
+
+  Bytes bytes() const {
+    Bytes all;
+    numbers_.check_untouched_before();
+    for (int row = 0; row < rows_; ++row) {
+      const Bytes more = numbers_.bytes(at(row, 0), at(row, classes_));
+      all.insert(all.end(), more.begin(), more.end());
+      if (row > 0 && stride_ < 1 << 30) numbers_.check_untouched(at(row - 1, classes_), at(row, 0));
+    }
+    return all;
+  }
+
+ private:
+  int rows_, classes_;
+  std::int64_t stride_;
+  Numbers numbers_;
+
+  std::size_t at(int row, int column) const { return static_cast<std::size_t>(row * stride_ + column); }
+};
+
+// Runs in every order; `run` returns its results.
+template <class Run>
+void in_every_order(const Run& run) {
+  using emulation::Order;
+  Bytes first;
+  for (int i = 0; i < 2 + random_orders; ++i) {
+    emulation::schedule = {i == 0 ? Order::forward : i == 1 ? Order::reverse : Order::random, static_cast<unsigned>(i)};
+    const Bytes results = run();
+    if (i == 0) first = results;
+    if (results != first) wrong("not the same in every order: order %d", i);
+  }
+}
+
+void check(cudaError_t error) {
+  if (error != cudaSuccess) wrong("not launched, error %d", static_cast<int>(error));
+}
+
+void append(Bytes* all, const Bytes& more) { all->insert(all->end(), more.begin(), more.end()); }
+
+bool close(double ours, double exact, double tolerance) {
+  return std::isnan(exact) ? std::isnan(ours) : ours == exact || std::abs(ours - exact) <= tolerance;
+}
+
+// ---- Rows, and what they should become ----
+
+constexpr std::int64_t kIgnored = -100;
+constexpr double kGamma = 2, kEpsilon = 0.1, kZLossFactor = 0.01, kCap = 5, kCircleMargin = 0.25;
+
+struct Expected {
+  double loss;
+  double target, rest, shift, weighted_logits, weight_sum;
+  std::vector<double> gradient;  // of the loss, or of the split with the given gradients
+};
+
+struct Problem {
+  const Case& c;
+  std::mt19937 random;
+  Matrix logits;
+  std::vector<std::int64_t> target;
+  Numbers probabilities, factor, bias, class_margin, class_weight, gammas;             // of classes
+  Numbers sample_weight, upstream, normalizer, divisor, d_target, d_rest, d_weighted;  // of rows, or one
+  double scale = 1;
+
+  explicit Problem(const Case& of) : c(of), random(static_cast<unsigned>(of.classes + of.rows)), logits(of) {
+    const auto rows = static_cast<std::size_t>(c.rows);
+    std::normal_distribution<double> normal(0, c.has(kCircle) ? 0.3 : 3);
+    for (int row = 0; row < c.rows; ++row) {
+      // So far apart that another row's maximum leaves nothing of this one's exponentials.
+      const double shift = c.has(kCircle | kSoftcap) ? 0 : row % 2 == 0 ? 60 : -60;
+      for (int j = 0; j < c.classes; ++j) {
+        const bool masked = c.has(kMasks) && (row == 4 || random() % 4 == 0);
+        logits.set(row, j, masked ? -INFINITY : normal(random) + shift);
+      }
+      target.push_back(static_cast<std::int64_t>(random() % static_cast<unsigned>(c.classes)));
+    }
+    if (c.has(kMasks)) logits.set(0, static_cast<int>(target[0]), -INFINITY);
+    if (rows > 1) target[rows > 2] = kIgnored;
+    if (rows > 3) target[3] = (std::int64_t{1} << 32) + c.classes / 2;  // no class
+    target.shrink_to_fit();
+
+    if (c.has(kScale)) scale = c.has(kCircle) ? 4 : 0.7;
+    if (c.has(kFactor)) factor = of_classes(0.5, 1.5);
+    if (c.has(kBias)) bias = of_classes(-2, 2);
+    if (c.has(kBias) && c.has(kMasks)) bias.set(2, -INFINITY);
+    if (c.has(kMargin)) class_margin = of_classes(0, 1);
+    if (c.has(kWeights)) class_weight = of_classes(0.5, 2);
+    if (c.has(kGammas)) gammas = of_classes(0.5, 3);
+    if (c.has(kProbabilities)) make_probabilities();
+    if (c.has(kSplit)) {
+      d_target = uniform(rows, -1, 1);
+      d_rest = uniform(rows, -1, 1);
+      if (c.has(kSmoothing | kProbabilities)) d_weighted = uniform(rows, -1, 1);
+    } else if (!c.has(kBare)) {
+      sample_weight = uniform(rows, 0.5, 2);
+      upstream = uniform(c.has(kMean) ? 1 : rows, -2, 2);
+      (c.has(kMean) ? divisor : normalizer) = uniform(1, 2, 3);
+      if (c.has(kNothing)) normalizer.set(0, 0);
+    }
+  }
+
+  SplitArguments arguments(const Matrix& of) const {
+    SplitArguments a{};
+    a.dtype = c.dtype;
+    a.classes = c.classes;
+    a.logits = of.data();
+    a.row_stride = of.stride();
+    a.target = probabilities ? nullptr : target.data();
+    a.probabilities = probabilities.data();
+    a.probabilities_are_logits_dtype = !c.has(kWideProbabilities);
+    a.ignore_index = kIgnored;
+    a.scale = scale;
+    a.factor = factor.data();
+    a.bias = bias.data();
+    a.softcap = c.has(kSoftcap) ? kCap : 0;
+    a.margin_kind = c.has(kCircle) ? MarginKind::circle : MarginKind::additive;
+    if (c.has(kCircle)) a.margin_parameters[0] = kCircleMargin;
+    a.class_margin = class_margin.data();
+    a.class_weight = class_weight.data();
+    a.label_smoothing = epsilon();
+    return a;
+  }
+
+  Expected expected(int row) const {
+    const std::int64_t label = probabilities ? -1 : target[static_cast<std::size_t>(row)];
+    if (!probabilities && (label < 0 || label >= c.classes || c.has(kNothing))) {
+      return unread(label == kIgnored || c.has(kNothing) ? 0 : NAN);
+    }
+    if (c.has(kNothing)) return unread(0);
+
+    const int t = static_cast<int>(label);
+    const auto classes = static_cast<std::size_t>(c.classes);
+    std::vector<double> z(classes), slope(classes), u(classes), gradient(classes);
+    double highest = -INFINITY, total = 0, weighted = 0, weight_sum = 0;
+    for (int j = 0; j < c.classes; ++j) {
+      const auto i = static_cast<std::size_t>(j);
+      map(row, j, j == t, &z[i], &slope[i]);
+      u[i] = weight(row, j, z[i] == -INFINITY);
+      if (j != t) highest = std::max(highest, z[i]);
+    }
+    const double shift = highest == -INFINITY ? 0 : highest;
+    for (int j = 0; j < c.classes; ++j) {
+      const auto i = static_cast<std::size_t>(j);
+      if (j != t) total += std::exp(z[i] - shift);
+      if (u[i] != 0) weighted += u[i] * (z[i] - shift);
+      weight_sum += u[i];
+    }
+
+    // Relative to shift.
+    const double rest = std::log(total), z_t = t < 0 ? -INFINITY : z[static_cast<std::size_t>(t)] - shift;
+    const double d = z_t - rest, p = 1 / (1 + std::exp(-d)), n = 1 / (1 + std::exp(d));
+    const double log_p = d > 0 ? -std::log1p(std::exp(-d)) : d - std::log1p(std::exp(d));
+    const double all = rest > z_t ? rest + std::log1p(std::exp(z_t - rest)) : z_t + std::log1p(std::exp(rest - z_t));
+    const double spread = t < 0 ? 1 : epsilon() / c.classes, full = all + shift;
+    const double z_loss = c.has(kZLoss) ? kZLossFactor : 0;
+    double loss = spread == 0 ? 0 : spread * (weight_sum * all - weighted), slope_t = 0;
+    if (t >= 0) {
+      const double gamma = gammas ? gammas[static_cast<std::size_t>(t)] : kGamma;
+      const double coefficient = (class_weight ? class_weight[static_cast<std::size_t>(t)] : 1) * (1 - epsilon());
+      loss -= coefficient * std::pow(n, gamma) * log_p;
+      slope_t = -coefficient * std::pow(n, gamma) * (n - (p == 0 ? 0 : gamma * p * log_p));
+    }
+    if (z_loss > 0) loss += z_loss * full * full;
+
+    const auto r = static_cast<std::size_t>(row);
+    const double sample = sample_weight ? sample_weight[r] : 1;
+    const double by = sample * (upstream ? upstream[c.has(kMean) ? 0 : r] : 1) /
+                      (normalizer ? normalizer[0]
+                       : divisor  ? divisor[0]
+                                  : 1);
+    for (int j = 0; j < c.classes; ++j) {
+      const auto i = static_cast<std::size_t>(j);
+      const double q = total == 0 || j == t ? 0 : std::exp(z[i] - shift) / total;
+      if (c.has(kSplit)) {
+        gradient[i] = (j == t ? d_target[r] : d_rest[r] * q) + (d_weighted ? d_weighted[r] * u[i] : 0);
+      } else {
+        const double softmax = std::exp(z[i] - full);
+        gradient[i] = slope_t * (j == t ? 1 : -q) + spread * (weight_sum * softmax - u[i]);
+        if (z_loss > 0) gradient[i] += 2 * z_loss * full * softmax;
+        gradient[i] *= by;
+      }
+      gradient[i] *= slope[i];
+    }
+    return {sample * loss, z_t, rest, shift, weighted, weight_sum, gradient};
+  }
+
+ private:
+  Numbers uniform(std::size_t count, double low, double high, std::size_t offset = 0) {
+    Numbers numbers(wide(c.dtype), count, offset);
+    std::uniform_real_distribution<double> between(low, high);
+    for (std::size_t i = 0; i < count; ++i) numbers.set(i, between(random));
+    return numbers;
+  }
+  Numbers of_classes(double low, double high) {
+    return uniform(static_cast<std::size_t>(c.classes), low, high, c.has(kUnalignedVectors));
+  }
+  void make_probabilities() {
+    const auto count = static_cast<std::size_t>(c.rows) * static_cast<std::size_t>(c.classes);
+    probabilities = Numbers(c.has(kWideProbabilities) ? wide(c.dtype) : c.dtype, count, c.has(kUnalignedVectors));
+    for (std::size_t i = 0; i < count; ++i) {
+      const auto row = static_cast<int>(i) / c.classes, j = static_cast<int>(i) % c.classes;
+      const bool masked = logits.get(row, j) == -INFINITY;  // then a probability would cost an infinite loss
+      probabilities.set(i, masked ? 0 : static_cast<double>(random() % 100) / (50 * c.classes));
+    }
+  }
+  double epsilon() const { return c.has(kSmoothing) ? kEpsilon : 0; }
+
+  Expected unread(double value) const {
+    return {value,
+            value,
+            value - INFINITY,
+            value,
+            value,
+            value,
+            std::vector<double>(static_cast<std::size_t>(c.classes), value)};
+  }
+
+  // A class's effective logit and its slope.
+  void map(int row, int j, bool is_target, double* z, double* slope) const {
+    const auto i = static_cast<std::size_t>(j);
+    const double x = logits.get(row, j), multiplier = scale * (factor ? factor[i] : 1), m = kCircleMargin;
+    const double from = x == -INFINITY ? 0 : x;
+    double mapped = from;
+    *slope = 1;
+    if (c.has(kSoftcap)) {
+      mapped = kCap * std::tanh(from / kCap);
+      *slope = 1 - std::pow(std::tanh(from / kCap), 2);
+    }
+    if (c.has(kCircle)) {
+      const double size = std::max(is_target ? 1 + m - from : from + m, 0.0), beyond = is_target ? 1 - m : m;
+      mapped = size * (from - beyond);
+      *slope = size > 0 ? size + (is_target ? -1 : 1) * (from - beyond) : 0;
+    }
+    if (is_target && class_margin) mapped -= class_margin[i];
+    *slope *= multiplier;
+    *z = x == -INFINITY ? x : multiplier * mapped + (bias ? bias[i] : 0);
+  }
+
+  // u_j
+  double weight(int row, int j, bool masked) const {
+    const double even = masked ? 0 : 1, of_class = class_weight ? class_weight[static_cast<std::size_t>(j)] : 1;
+    if (probabilities) {
+      const double probability = probabilities[static_cast<std::size_t>(row * c.classes + j)];
+      return of_class * ((1 - epsilon()) * probability + even * epsilon() / c.classes);
+    }
+    return c.has(kSmoothing) ? of_class * even : 0;
+  }
+};
+
+// Of a gradient, relative to a number and to the row's largest.
+double gradient_tolerance(Dtype dtype, double exact, double largest) {
+  const double relative = dtype == Dtype::float64   ? 1e-12
+                          : dtype == Dtype::float32 ? 2e-5
+                          : dtype == Dtype::float16 ? 1e-3
+                                                    : 6e-3;
+  return relative * (std::abs(exact) + 0.01 * largest) + (dtype == Dtype::float16 ? 1e-7 : 0);
+}
+
+void check_rows(const Problem& problem, const std::vector<std::pair<const char*, Numbers>>& vectors,
+                const Matrix* d_logits) {
+  const Case& c = problem.c;
+  for (int row = 0; row < c.rows; ++row) {
+    const Expected exact = problem.expected(row);
+    for (const auto& [what, numbers] : vectors) {
+      if (!numbers) continue;
+      const std::string_view name_of(what);
+      const double value = name_of == "loss"              ? exact.loss
+                           : name_of == "target"          ? exact.target
+                           : name_of == "rest"            ? exact.rest
+                           : name_of == "shift"           ? exact.shift
+                           : name_of == "weighted_logits" ? exact.weighted_logits
+                                                          : exact.weight_sum;
+      const double ours = numbers[static_cast<std::size_t>(row)];
+      const double relative = c.dtype == Dtype::float64 ? 1e-12 : 2e-5;
+      if (!close(ours, value, relative * (std::abs(value) + 0.1))) {
+        wrong("%s of row %d is %.9g and should be %.9g", what, row, ours, value);
+      }
+    }
+    // The other gradients of a row that is all masked are 0 or NaN.
+    const bool all_masked = std::isnan(exact.loss) && exact.rest == -INFINITY;
+    if (d_logits == nullptr || (all_masked && !c.has(kSplit))) continue;
+    double largest = 0;
+    for (const double d : exact.gradient) largest = std::max(largest, std::abs(d));
+    for (int j = 0; j < c.classes; ++j) {
+      const double ours = d_logits->get(row, j), value = exact.gradient[static_cast<std::size_t>(j)];
+      if (!close(ours, value, gradient_tolerance(c.dtype, value, largest))) {
+        wrong("gradient of row %d, class %d, is %.9g and should be %.9g", row, j, ours, value);
+      }
+    }
+  }
+}
+
+void check_kernel(const Case& c) {
+  const emulation::Machine& m = *emulation::machine;
+  if (m.cluster != c.cluster || m.threads != c.threads) {
+    wrong("another kernel: clusters of %u blocks of %u threads", m.cluster, m.threads);
+  }
+}
+
+void copy(const Matrix& from, const Case& c, Matrix* to) {
+  for (int row = 0; row < c.rows; ++row) {
+    for (int j = 0; j < c.classes; ++j) to->set(row, j, from.get(row, j));
+  }
+}
+
+Bytes run_loss(const Problem& problem) {
+  const Case& c = problem.c;
+  Matrix d_logits(c, c.has(kGradientStrided), c.has(kGradientOffset));
+  if (c.has(kInPlace)) copy(problem.logits, c, &d_logits);
+  std::vector<std::pair<const char*, Numbers>> vectors;
+  vectors.emplace_back("loss", Numbers(wide(c.dtype), static_cast<std::size_t>(c.rows)));
+
+  LossArguments a{};
+  a.split = problem.arguments(c.has(kInPlace) ? d_logits : problem.logits);
+  a.objective = ObjectiveKind::focal;
+  a.objective_parameters[0] = kGamma;
+  a.class_parameter = problem.gammas.data();
+  a.sample_weight = problem.sample_weight.data();
+  a.z_loss = c.has(kZLoss) ? kZLossFactor : 0;
+  a.upstream = problem.upstream.data();
+  a.upstream_step = c.has(kMean) ? 0 : 1;
+  a.normalizer = problem.normalizer.data();
+  a.divisor = problem.divisor.data();
+  a.losses = vectors[0].second.data();
+  a.d_logits = c.has(kLosses) ? nullptr : d_logits.data();
+  a.gradient_stride = c.has(kLosses) ? 0 : d_logits.stride();
+  check(loss_rows(a, c.rows, nullptr));
+  check_kernel(c);
+
+  if (emulation::schedule.order == emulation::Order::forward) {
+    check_rows(problem, vectors, c.has(kLosses) ? nullptr : &d_logits);
+  }
+  Bytes results = vectors[0].second.bytes(0, static_cast<std::size_t>(c.rows));
+  append(&results, d_logits.bytes());
+  return results;
+}
+
+Bytes run_split(const Problem& problem) {
+  const Case& c = problem.c;
+  const auto rows = static_cast<std::size_t>(c.rows);
+  const auto numbers = [&](bool present) { return present ? Numbers(wide(c.dtype), rows) : Numbers(); };
+  Matrix d_logits(c, c.has(kGradientStrided), c.has(kGradientOffset));
+  if (c.has(kInPlace)) copy(problem.logits, c, &d_logits);
+  std::vector<std::pair<const char*, Numbers>> vectors;
+  for (const char* const what : {"target", "rest", "shift"}) vectors.emplace_back(what, numbers(true));
+  for (const char* const what : {"weighted_logits", "weight_sum"}) {
+    vectors.emplace_back(what, numbers(c.has(kSmoothing | kProbabilities)));
+  }
+  const auto data = [&](std::size_t i) { return vectors[i].second.data(); };
+
+  SplitBackwardArguments a{};
+  a.split = problem.arguments(c.has(kInPlace) ? d_logits : problem.logits);
+  check(split_rows(a.split, {data(0), data(1), data(2), data(3), data(4)}, c.rows, nullptr));
+  a.rest = data(1);
+  a.shift = data(2);
+  a.d_target = problem.d_target.data();
+  a.d_rest = problem.d_rest.data();
+  a.d_weighted = problem.d_weighted.data();
+  a.d_logits = d_logits.data();
+  a.gradient_stride = d_logits.stride();
+  check(split_backward_rows(a, c.rows, nullptr));
+  check_kernel(c);
+
+  if (emulation::schedule.order == emulation::Order::forward) check_rows(problem, vectors, &d_logits);
+  Bytes results = d_logits.bytes();
+  for (const auto& [what, vector] : vectors) {
+    if (vector) append(&results, vector.bytes(0, rows));
+  }
+  return results;
+}
+
+void run_rows(const Case& c) {
+  emulated_device = c.device;
+  const Problem problem(c);
+  in_every_order([&] { return c.has(kSplit) ? run_split(problem) : run_loss(problem); });
+}
+
+// ---- The small kernels ----
+
+void run_scale(int rows, int classes, int gap, int offset, double by, unsigned options = 0) {
+  const Case c{"", rows, classes, 1, 256, options, gap, offset};
+  Numbers factor(Dtype::float32, 1);
+  factor.set(0, by);
+  in_every_order([&] {
+    Matrix gradient(c);
+    for (int row = 0; row < rows; ++row) {
+      for (int j = 0; j < classes; ++j) gradient.set(row, j, row + 0.01 * j);
+    }
+    check(scale(c.dtype, gradient.data(), gradient.stride(), rows, classes, factor.data(), nullptr));
+    for (int row = 0; row < rows; ++row) {
+      for (int j = 0; j < classes; ++j) {
+        const double exact = by * (row + 0.01 * j);
+        if (!close(gradient.get(row, j), exact, 1e-6 * std::abs(exact))) wrong("row %d, class %d", row, j);
+      }
+    }
+    return gradient.bytes();
+  });
+}
+
+void run_sum(std::size_t n, double normalizer, double divisor) {
+  Numbers numbers(Dtype::float32, n), by(Dtype::float32, 1), or_by(Dtype::float32, 1);
+  double exact = 0;
+  for (std::size_t i = 0; i < n; ++i) {
+    numbers.set(i, 0.1 * static_cast<double>(i % 101) - 1);
+    exact += numbers[i];
+  }
+  by.set(0, normalizer);
+  or_by.set(0, divisor);
+  if (std::isnan(normalizer)) {  // without
+    exact /= std::isnan(divisor) ? 1 : divisor;
+  } else {
+    exact = normalizer == 0 ? 0 : exact / normalizer;
+  }
+  in_every_order([&] {
+    const Numbers result(Dtype::float32, 1);
+    const Numbers workspace(Dtype::float32, static_cast<std::size_t>(sum_workspace(static_cast<std::int64_t>(n))));
+    check(sum(Dtype::float32, numbers.data(), static_cast<std::int64_t>(n),
+              std::isnan(normalizer) ? nullptr : by.data(), std::isnan(divisor) ? nullptr : or_by.data(),
+              workspace.data(), result.data(), nullptr));
+    if (!close(result[0], exact, 1e-6 * std::abs(exact))) wrong("the sum is %.9g and should be %.9g", result[0], exact);
+    return result.bytes(0, 1);
+  });
+}
+
+void run_weight_sums(int rows, bool with_targets, bool with_class_weights, bool with_sample_weights) {
+  constexpr int classes = 7;
+  const auto n = static_cast<std::size_t>(rows);
+  std::vector<std::int64_t> target(n);
+  Numbers class_weight(Dtype::float32, classes), sample_weight(Dtype::float32, n);
+  double exact = 0;
+  for (std::size_t i = 0; i < classes; ++i) class_weight.set(i, 0.5 + static_cast<double>(i));
+  for (std::size_t i = 0; i < n; ++i) {
+    target[i] = i % 5 == 0   ? kIgnored
+                : i % 7 == 0 ? (std::int64_t{1} << 32) + 1
+                             : static_cast<std::int64_t>(i % classes);
+    sample_weight.set(i, 0.25 * static_cast<double>(i % 13));
+    const double sample = with_sample_weights ? sample_weight[i] : 1;
+    if (!with_targets) exact += sample;
+    if (!with_targets || target[i] < 0 || target[i] >= classes) continue;
+    exact += sample * (with_class_weights ? class_weight[static_cast<std::size_t>(target[i])] : 1);
+  }
+  LossArguments a{};
+  a.split.dtype = Dtype::float32;
+  a.split.classes = classes;
+  a.split.target = with_targets ? target.data() : nullptr;
+  a.split.ignore_index = kIgnored;
+  a.split.class_weight = with_class_weights ? class_weight.data() : nullptr;
+  a.sample_weight = with_sample_weights ? sample_weight.data() : nullptr;
+  in_every_order([&] {
+    const auto stretches = static_cast<std::size_t>(partial_sums(rows));
+    const Numbers sums(Dtype::float32, stretches);
+    check(weight_sums(a, rows, sums.data(), nullptr));
+    double total = 0;
+    for (std::size_t i = 0; i < stretches; ++i) total += sums[i];
+    if (!close(total, exact, 1e-6 * exact)) wrong("the weights are %.9g and should be %.9g", total, exact);
+    return sums.bytes(0, stretches);
+  });
+}
+
+struct Function {
+  const char* name;
+  void (*run)();
+};
+constexpr Function kFunctions[] = {
+    {"scale_1", [] { run_scale(600, 16, 0, 0, 0.5); }},
+    {"scale_8", [] { run_scale(70, 100, 4, 4, -3); }},
+    {"scale_strided", [] { run_scale(5, 100, 2, 0, 0.3); }},
+    {"scale_offset", [] { run_scale(5, 100, 0, 2, 0.3); }},
+    {"scale_narrow", [] { run_scale(5, 90, 2, 0, 0.3); }},
+    {"scale_odd", [] { run_scale(5, 4099, 2, 1, 0.3); }},
+    {"scale_by_one", [] { run_scale(5, 4099, 0, 0, 1); }},
+    {"scale_far", [] { run_scale(3, 20, 0, 0, 2, kFar); }},
+    {"sum_of_nothing", [] { run_sum(0, NAN, NAN); }},
+    {"sum_of_few", [] { run_sum(5, NAN, 3); }},
+    {"sum_of_a_stretch", [] { run_sum(8192, 4, 2); }},
+    {"sum_of_stretches", [] { run_sum(20001, 4, NAN); }},
+    {"sum_over_nothing", [] { run_sum(8193, 0, NAN); }},
+    {"weight_sums", [] { run_weight_sums(20000, true, true, true); }},
+    {"weight_sums_of_classes", [] { run_weight_sums(8192, true, true, false); }},
+    {"weight_sums_of_samples", [] { run_weight_sums(100, false, true, true); }},
+    {"weight_sums_count", [] { run_weight_sums(100, true, false, false); }},
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);
+  if (argc > 1) random_orders = std::atoi(argv[1]);
+  int chosen = 0;
+  const auto choose = [&](std::string_view candidate) {
+    const bool is_chosen = argc <= 2 || std::find(argv + 2, argv + argc, candidate) != argv + argc;
+    if (is_chosen) name = candidate;
+    chosen += is_chosen;
+    return is_chosen;
+  };
+  try {
+    for (const Case& c : kCases) {
+      if (choose(c.name)) run_rows(c);
+    }
+    emulated_device = kHopper;
+    for (const Function& function : kFunctions) {
+      if (choose(function.name)) function.run();
+    }
+  } catch (const emulation::Error& error) {
+    std::printf("%s: error: %s\n", name.c_str(), error.what());
+    return 1;
+  } catch (const std::exception& error) {
+    std::printf("%s: wrong: %s\n", name.c_str(), error.what());
+    return 1;
+  }
+  std::printf("%d cases are right\n", chosen);
+  return chosen == 0;
+}
