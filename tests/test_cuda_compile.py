@@ -21,7 +21,7 @@ KERNELS = ("rows_in_lanes", "rows_over_clusters", "rows_in_sweeps", "rows_again"
 MAPS = ("plain", "affine", "general")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
-THREADS = {"rows_in_lanes": 128, "rows_over_clusters": 256, "rows_in_sweeps": 512, "rows_again": 256}
+THREADS = {"rows_in_lanes": 128, "rows_over_clusters": 256, "rows_in_sweeps": 1024, "rows_again": 256}
 BLOCKS = {"rows_in_lanes": 7, "rows_over_clusters": 2, "rows_in_sweeps": 1, "rows_again": 3}  # of a multiprocessor
 PACKS = {"rows_in_lanes": 4, "rows_over_clusters": 8, "rows_in_sweeps": 4, "rows_again": 4}  # of 16 bytes, a thread
 
@@ -30,7 +30,7 @@ SPILLED = 128  # bytes a thread that kernels beyond the main ones may spill
 # stored. A copy on an H200 leaves about 27 issue slots for each bfloat16 number.
 INSTRUCTIONS = {
     ("rows_in_lanes", "plain"): 17,
-    ("rows_in_lanes", "affine"): 22,
+    ("rows_in_lanes", "affine"): 23,
     ("rows_over_clusters", "plain"): 17,
     ("rows_over_clusters", "affine"): 23,
 }
@@ -97,11 +97,14 @@ def test_compiles_without_spills(compiled, source, architecture):
     expected = {"loss": set(), "float64": {"rows_in_sweeps", "rows_again"}}
     assert names == expected.get(dtype_of(source), set(KERNELS))
     for kernel in kernels:
-        assert kernel.registers * THREADS[kernel.name] <= 65536, kernel
+        threads = THREADS[kernel.name]
+        if (kernel.name, kernel.map) == ("rows_in_sweeps", "general"):
+            threads = 512
+        assert kernel.registers * threads <= 65536, kernel
         if kernel.is_main:
             assert (kernel.stack, kernel.spilled) == (0, 0), kernel
             # Registers are given out to warps in units of eight a thread.
-            assert -(-kernel.registers // 8) * 8 * THREADS[kernel.name] * BLOCKS[kernel.name] <= 65536, kernel
+            assert -(-kernel.registers // 8) * 8 * threads * BLOCKS[kernel.name] <= 65536, kernel
         else:
             assert kernel.spilled <= SPILLED, kernel
 
@@ -161,11 +164,11 @@ def test_machine_code(compiled, dtype):
             continue
         packs, numbers = PACKS[name], PACKS[name] * 16 // bytes_of_number
         code = [instruction for _, instruction in function]
-        reads = 2 if name == "rows_in_sweeps" else 1
         exponentials = 1 if name == "rows_again" else 2
         # A row is loaded and its gradient stored by packs; `fill` stores zeros by packs too. The one narrow store is
-        # the target's.
-        assert count(r"LDG\S*\.EF\.128", code) == reads * packs, (name, mapping)
+        # the target's. The first of two sweeps asks the caches to keep what it loads (and loads class vectors alike).
+        assert count(r"LDG\S*\.EF\.128", code) == packs, (name, mapping)
+        assert count(r"LDG\S*E\.128", code) >= (packs if name == "rows_in_sweeps" else 0), (name, mapping)
         assert count(r"STG\S*\.EF\.128", code) == 2 * packs, (name, mapping)
         if dtype == "bfloat16":
             assert count(r"STG\S*\.U16", code) == 1, (name, mapping)

@@ -188,10 +188,10 @@ __device__ __forceinline__ void finish_unread(const Results<S>& results, const P
   if (results.weight_sum) results.weight_sum[place.row] = value;
 }
 
-// Class vectors (C,), or stretches of them in shared memory, padded, which begin with the stretch of the row.
-template <class T, bool padded_>
+// Class vectors (C,), or `Staged` stretches of them.
+template <class T, bool staged_>
 struct ClassVectors {
-  static constexpr bool padded = padded_;
+  static constexpr bool staged = staged_;
   const T* factor;
   const T* bias;
   const T* class_weight;
@@ -204,18 +204,19 @@ __device__ __forceinline__ ClassVectors<Accumulate<S>, false> vectors_of(const R
 
 // Copies the stretches that a block needs to its shared memory, where they stay while rows pass. A barrier must follow.
 // What lies beyond the classes becomes neutral.
-template <class S>
-__device__ __forceinline__ ClassVectors<Accumulate<S>, true> stage(const Rows<S>& rows, int first, int width, Map map) {
+template <bool aligned, class S>
+__device__ __forceinline__ ClassVectors<Accumulate<S>, true> stage(const Rows<S>& rows, int first, int stretch,
+                                                                   Map map) {
   using T = Accumulate<S>;
   ClassVectors<T, true> staged{nullptr, nullptr, nullptr};
   unsigned offset = 0;
   const auto copy = [&](const T* vector, T beyond) -> const T* {
     if (vector == nullptr) return nullptr;
-    T* const copied = dynamic_smem<T>(offset, static_cast<unsigned>(width));
-    offset += static_cast<unsigned>(width) * sizeof(T);
-    for (int i = static_cast<int>(threadIdx.x); i < width; i += static_cast<int>(blockDim.x)) {
+    T* const copied = dynamic_smem<T>(offset, static_cast<unsigned>(stretch));
+    offset += static_cast<unsigned>(stretch) * sizeof(T);
+    for (int i = static_cast<int>(threadIdx.x); i < stretch; i += static_cast<int>(blockDim.x)) {
       const int column = first + i;
-      copied[i] = column < rows.classes ? vector[column] : beyond;
+      copied[Staged<T, aligned, Pack<S>::width>::place(i, stretch)] = column < rows.classes ? vector[column] : beyond;
     }
     return copied;
   };
@@ -229,10 +230,10 @@ __device__ __forceinline__ ClassVectors<Accumulate<S>, true> stage(const Rows<S>
 
 // The bytes of that.
 template <class S>
-unsigned staged_bytes(const Rows<S>& rows, int width, Map map) {
+unsigned staged_bytes(const Rows<S>& rows, int stretch, Map map) {
   int vectors = rows.bias != nullptr;
   if (map == Map::general) vectors += (rows.factor != nullptr) + (rows.spreads && rows.class_weight != nullptr);
-  return static_cast<unsigned>(vectors) * static_cast<unsigned>(width) * sizeof(Accumulate<S>);
+  return static_cast<unsigned>(vectors) * static_cast<unsigned>(stretch) * sizeof(Accumulate<S>);
 }
 
 // The packs of a row that a thread holds in registers.
@@ -247,12 +248,12 @@ class Tile {
   __device__ __forceinline__ Tile(const Rows<S>& rows, const Columns<aligned>& columns, const Vectors& vectors)
       : rows_(rows), columns_(columns), vectors_(vectors) {}
 
-  __device__ __forceinline__ void load(const Place& place) {
+  __device__ __forceinline__ void load(const Place& place, bool again = false) {
     forget(columns_.lane);
     row_ = place.row;
     const S* const row = rows_.logits + place.row * rows_.stride;
 #pragma unroll
-    for (int i = 0; i < packs; ++i) packs_[i] = load_pack(row, columns_, i);
+    for (int i = 0; i < packs; ++i) packs_[i] = load_pack(row, columns_, i, again);
   }
 
   // Instead of loading a row.
@@ -398,9 +399,11 @@ class Tile {
 
   __device__ __forceinline__ void load_or(const T* vector, int i, T otherwise, Values& values) const {
     if (vector != nullptr) {
-      Columns<aligned> columns = columns_;
-      if constexpr (Vectors::padded) columns.first = 0;
-      load_values<Vectors::padded>(vector, columns, i, otherwise, values);
+      if constexpr (Vectors::staged) {
+        Staged<T, aligned, width>::load(vector, columns_, i, columns_.lanes * count, values);
+      } else {
+        load_values(vector, columns_, i, otherwise, values);
+      }
       return;
     }
 #pragma unroll
@@ -430,9 +433,9 @@ class Tile {
     Values weight, probability;
     if (rows_.target == nullptr) {
       if (rows_.probabilities) {
-        load_values<false>(rows_.probabilities + row_ * rows_.classes, columns_, i, T(0), probability);
+        load_values(rows_.probabilities + row_ * rows_.classes, columns_, i, T(0), probability);
       } else {
-        load_values<false>(rows_.probabilities_wide + row_ * rows_.classes, columns_, i, T(0), probability);
+        load_values(rows_.probabilities_wide + row_ * rows_.classes, columns_, i, T(0), probability);
       }
     }
     load_or(vectors_.class_weight, i, T(1), weight);

@@ -25,8 +25,10 @@ constexpr int kRowThreads = 256;     // at most; two such blocks fill a multipro
 constexpr int kLargestCluster = 16;  // blocks
 constexpr int kLanePacks = 4;        // in rows_in_lanes
 constexpr int kLaneThreads = 128;
-constexpr int kSweepPacks = 4;  // at a time, in rows_in_sweeps
-constexpr int kSweepThreads = 512;
+constexpr int kSweepPacks = 4;            // at a time, in rows_in_sweeps
+constexpr int kSweepThreads = 1024;       // a multiprocessor's, at 64 registers each; the general form needs more
+constexpr int kSweepThreadsToRead = 256;  // of a block that only reads: several share a multiprocessor
+constexpr int sweep_threads(Map map) { return map == Map::general ? kSweepThreads / 2 : kSweepThreads; }
 constexpr int kAgainPacks = 4;  // in rows_again
 constexpr int kAgainThreads = 256;
 constexpr unsigned kReservedShared = 4 << 10;  // bytes of a block beside the class vectors
@@ -40,7 +42,8 @@ __global__ void __launch_bounds__(kLaneThreads)
   const int lane = static_cast<int>(threadIdx.x) % lanes, group = static_cast<int>(threadIdx.x) / lanes;
   const int groups = static_cast<int>(blockDim.x) / lanes;
   const Columns<aligned> columns{0, rows.classes, lanes, lane};
-  auto tile = tile_of<map, kLanePacks>(rows, columns, stage(rows, 0, lanes * kLanePacks * Pack<S>::width, map));
+  auto tile =
+      tile_of<map, kLanePacks>(rows, columns, stage<aligned>(rows, 0, lanes * kLanePacks * Pack<S>::width, map));
   __syncthreads();
   const bool is_nothing = results.is_nothing();
 
@@ -84,7 +87,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   const int rank = static_cast<int>(cluster_rank()), blocks = static_cast<int>(cluster_size());
   const int stretch = threads * kRowPacks * Pack<S>::width;
   const Columns<aligned> columns{rank * stretch, rows.classes, threads, thread};
-  auto tile = tile_of<map, kRowPacks>(rows, columns, stage(rows, rank * stretch, stretch, map));
+  auto tile = tile_of<map, kRowPacks>(rows, columns, stage<aligned>(rows, rank * stretch, stretch, map));
   cluster_sync();  // the stretches are there, and so are all blocks
   const bool is_nothing = results.is_nothing();
 
@@ -128,11 +131,11 @@ __global__ void __launch_bounds__(kRowThreads, 2)
 }
 
 template <class S, Map map, bool aligned>
-__global__ void __launch_bounds__(kSweepThreads, 1)
+__global__ void __launch_bounds__(sweep_threads(map), 1)
     rows_in_sweeps(const __grid_constant__ Rows<S> rows, const __grid_constant__ Results<S> results) {
   using T = Accumulate<S>;
   constexpr bool weighted = map == Map::general;
-  SHARED_ARRAY(RowSums<T>, sums_of_warps, kSweepThreads / kWarp);
+  SHARED_ARRAY(RowSums<T>, sums_of_warps, sweep_threads(map) / kWarp);
   SHARED_ARRAY(RowGradient<T>, gradient_of_row, 1);
 
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
@@ -157,7 +160,7 @@ __global__ void __launch_bounds__(kSweepThreads, 1)
     RowSums<T> sums = RowSums<T>::nothing();
     for (int i = 0; i < pieces; ++i) {
       auto piece = piece_of(i);
-      piece.load(place);
+      piece.load(place, true);
       piece.exclude(place.target);
       sums = sums.raised(maximum(sums.highest, piece.highest()));
       sums = sums.plus(piece.sums(sums.highest));
@@ -363,7 +366,6 @@ template <class S>
 cudaError_t launch_in_sweeps(const Rows<S>& rows, const Results<S>& results, bool aligned, const Device& device,
                              cudaStream_t stream) {
   constexpr int per_thread = kSweepPacks * Pack<S>::width;
-  Shape shape{1, static_cast<unsigned>(threads_for(rows.classes, per_thread, kSweepThreads)), 1, 0};
   std::int64_t work = rows.count;
   if (results.d_logits != nullptr) {  // so few rows at a time that the cache holds them until they are read again
     const auto row_bytes = static_cast<double>(rows.classes) * sizeof(S);
@@ -373,6 +375,8 @@ cudaError_t launch_in_sweeps(const Rows<S>& rows, const Results<S>& results, boo
   }
   return with_form<S, false>(rows, aligned, [&](auto form) {
     const auto kernel = &rows_in_sweeps<S, form.map, form.aligned>;
+    const int most = results.d_logits != nullptr ? sweep_threads(form.map) : kSweepThreadsToRead;
+    Shape shape{1, static_cast<unsigned>(threads_for(rows.classes, per_thread, most)), 1, 0};
     if (const cudaError_t error = fill_device(kernel, work, &shape)) return error;
     return launch(kernel, shape, stream, rows, results);
   });

@@ -76,8 +76,10 @@ struct Pack {
 
   std::uint32_t words[4];
 
-  static __device__ __forceinline__ Pack load(const S* p) {
-    const uint4 words = load_streaming(reinterpret_cast<const uint4*>(p));
+  // `again`: it will be read again soon, so caches should keep it.
+  static __device__ __forceinline__ Pack load(const S* p, bool again) {
+    const auto* const vector = reinterpret_cast<const uint4*>(p);
+    const uint4 words = again ? *vector : load_streaming(vector);
     return {{words.x, words.y, words.z, words.w}};
   }
   static __device__ __forceinline__ Pack masks() {
@@ -164,11 +166,12 @@ struct Columns {
 
 // A pack of a row; numbers that the row does not have are masks.
 template <class S, bool aligned>
-__device__ __forceinline__ Pack<S> load_pack(const S* row, const Columns<aligned>& columns, int pack) {
+__device__ __forceinline__ Pack<S> load_pack(const S* row, const Columns<aligned>& columns, int pack,
+                                             bool again = false) {
   constexpr int width = Pack<S>::width;
   if constexpr (aligned) {
     const int column = columns.template of<width>(pack, 0);
-    return column < columns.end ? Pack<S>::load(row + column) : Pack<S>::masks();
+    return column < columns.end ? Pack<S>::load(row + column, again) : Pack<S>::masks();
   } else {
     const Columns<aligned> apart = columns.forgotten();
     Pack<S> loaded;
@@ -198,24 +201,21 @@ __device__ __forceinline__ void store_pack(S* row, const Columns<aligned>& colum
   }
 }
 
-// The numbers beside a pack in another vector of the same columns: a class vector, or class probabilities. `fill` where
-// there are none; a vector that is `padded` has some for every pack.
-template <bool padded, int width, class S, class T, bool aligned>
+// The numbers beside a pack in another vector (C,) of the same columns: a class vector, or class probabilities. `fill`
+// where there are none.
+template <int width, class S, class T, bool aligned>
 __device__ __forceinline__ void load_values(const S* vector, const Columns<aligned>& columns, int pack, T fill,
                                             T (&values)[width]) {
   if constexpr (aligned) {
     constexpr int step = 16 / sizeof(S);
     static_assert(width % step == 0);
     const int column = columns.template of<width>(pack, 0);
-    if constexpr (!padded) {
 #pragma unroll
-      for (int k = 0; k < width; ++k) values[k] = fill;
-      if (column >= columns.end) return;
-    }
+    for (int k = 0; k < width; ++k) values[k] = fill;
+    if (column >= columns.end) return;
 #pragma unroll
     for (int k = 0; k < width; k += step) {
-      const uint4 words = *reinterpret_cast<const uint4*>(vector + column + k);
-      const Pack<S> numbers{{words.x, words.y, words.z, words.w}};
+      const Pack<S> numbers = Pack<S>::load(vector + column + k, true);
 #pragma unroll
       for (int j = 0; j < step; ++j) values[k + j] = number_of(numbers.get(j));
     }
@@ -224,9 +224,38 @@ __device__ __forceinline__ void load_values(const S* vector, const Columns<align
 #pragma unroll
     for (int k = 0; k < width; ++k) {
       const int column = apart.template of<width>(pack, k);
-      values[k] = padded || column < apart.end ? number_of(vector[column]) : fill;
+      values[k] = column < apart.end ? number_of(vector[column]) : fill;
     }
   }
 }
+
+// A stretch of a class vector in shared memory, padded to whole packs. Beside an aligned pack of halves lie two vectors
+// of 16 bytes; these have a plane each, so that the lanes of a warp load neighbouring vectors, from different banks.
+template <class T, bool aligned, int width>
+struct Staged {
+  static constexpr int step = 16 / sizeof(T) < width ? 16 / sizeof(T) : width;
+  static constexpr int planes = aligned ? width / step : 1;
+
+  static __device__ __forceinline__ int place(int i, int stretch) {
+    return aligned ? i % width / step * (stretch / planes) + i / width * step + i % step : i;
+  }
+
+  static __device__ __forceinline__ void load(const T* vector, const Columns<aligned>& columns, int pack, int stretch,
+                                              T (&values)[width]) {
+    if constexpr (aligned) {
+      const T* const first = vector + (pack * columns.lanes + columns.lane) * step;
+#pragma unroll
+      for (int k = 0; k < width; k += step) {
+        const Pack<T> numbers = Pack<T>::load(first + k / step * (stretch / planes), true);
+#pragma unroll
+        for (int j = 0; j < step; ++j) values[k + j] = numbers.get(j);
+      }
+    } else {
+      const Columns<aligned> apart = columns.forgotten();
+#pragma unroll
+      for (int k = 0; k < width; ++k) values[k] = vector[apart.template of<width>(pack, k) - apart.first];
+    }
+  }
+};
 
 }  // namespace imbalance::cuda
