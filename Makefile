@@ -63,9 +63,9 @@ bench: venv  ## run the benchmark of the softmax losses (BENCH_ARGS="...")
 
 # Not in .venv: a machine with a GPU may be offline, and has its own torch.
 GPU_PYTHON ?= python3
-GPU_OUTPUT ?= bench-output
-gpu-check:  ## on a machine with a GPU: build, test and time (GPU_PYTHON=python3 GPU_OUTPUT=bench-output)
-	$(GPU_PYTHON) bench/gpu_check.py $(GPU_OUTPUT)
+OUT ?= bench-output
+gpu-check:  ## on a machine with a GPU: build, test and time (OUT=folder GPU_PYTHON=python3 GPU_ARGS=--dry-run)
+	$(GPU_PYTHON) bench/gpu_check.py $(OUT) $(GPU_ARGS)
 
 mutants: venv  ## break each formula in turn and see that the tests notice
 	$(PY) tests/mutate_objectives.py

@@ -347,7 +347,7 @@ def line_of(line: Line) -> str:
     if line.limit is not None:
         verdict = f"  at most {line.limit:.2f}: {'met' if line.copies <= line.limit else 'NOT MET'}"
     return (
-        f"{line.loss:<26}{line.candidate:<15}{line.mode:<20}{1e3 * line.least:>9.3f} ms "
+        f"{line.loss:<34}{line.candidate:<15}{line.mode:<20}{1e3 * line.least:>9.3f} ms "
         f"({1e3 * statistics.median(line.seconds):.3f}){line.gigabytes:>8.0f} GB/s{line.copies:>7.2f} copies"
         f"{', no graph' if line.no_graph else ''}{verdict}"
     )
@@ -442,7 +442,10 @@ def _picture(
     shapes = list(dict.fromkeys((line.shape, line.dtype) for lines in groups for line in lines))
     most = max((len(lines) // max(1, len(shapes)) for lines in groups), default=1)
     with plt.rc_context(STYLE):
-        size = (4.0 * max(2, len(shapes)) + 1.5, max(2.0, 0.3 * most + 1.0) * len(groups) + 1.0)
+        size = (
+            (4.0 if label is label_of else 5.5) * max(2, len(shapes)) + 1.5,
+            max(2.0, 0.3 * most + 1.0) * len(groups) + 1.0,
+        )
         figure, axes = plt.subplots(len(groups), max(1, len(shapes)), figsize=size, squeeze=False)
         for row, lines in enumerate(groups):
             for axis, (shape, dtype) in zip(axes[row], shapes, strict=False):

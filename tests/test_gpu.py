@@ -1,16 +1,20 @@
 """On a GPU, where there is one (`make gpu-check`): the table's cases, sizes beyond 2^31, graphs, streams, memory.
 
-Nothing here runs on a machine without a GPU; there the same kernels are interpreted (all other files) and compiled for
-devices that are not there (test_triton_compile.py).
+On a machine without one the same kernels are emulated or interpreted (all other files) and compiled for devices that
+are not there (test_cuda_compile.py, test_triton_compile.py), and these tests are left out. To try the tests themselves,
+IMBALANCE_KERNELS_STAND_INS=1 runs on CPU what goes there (`gpu_check.py --dry-run`): Triton's kernels interpreted, and
+the CUDA ones where IMBALANCE_KERNELS_EMULATED names their emulation.
 """
 
 import math
 
 import oracle
 import pytest
+import test_behaviour
 import test_softmax_loss as table
 import test_triton
 import torch
+from implementations import EMULATED, STAND_INS
 from oracle import worst_row_error
 
 import imbalance_kernels as ik
@@ -22,110 +26,133 @@ from imbalance_kernels.ops.kernels import kernels
 from imbalance_kernels.options import SoftmaxOptions
 
 pytestmark = pytest.mark.gpu
+needs_device = pytest.mark.skipif(STAND_INS, reason="has no stand-in on a CPU")
 
+DEVICE = "cpu" if STAND_INS else "cuda"
+IMPLEMENTATIONS = ("cuda", "triton") if EMULATED or not STAND_INS else ("triton",)
+REPETITIONS = 2 if STAND_INS else 100  # a race would show at one of them
+
+each_impl = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 each_dtype = pytest.mark.parametrize("dtype", table.DTYPES, ids=str)
 each_shape = pytest.mark.parametrize("shape", [*table.SHAPES, (5, 32000), (3, 128256)], ids=str)
 
 
-def on_gpu(options):
-    return {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+def moved(value):
+    return value.to(DEVICE) if isinstance(value, torch.Tensor) else value
 
 
-def check(logits, target, reduction, ours, exact):
-    table.check(logits, target, "triton", reduction, on_gpu(ours), exact, device="cuda")
+def check(logits, target, impl, reduction, ours, exact):
+    ours = {name: moved(value) for name, value in ours.items()}
+    table.check(logits, target, impl, reduction, ours, exact, device=DEVICE)
 
 
+@each_impl
 @each_shape
 @each_dtype
 @pytest.mark.parametrize("name", REGISTRY)
-def test_objective(name, dtype, shape):
+def test_objective(name, dtype, shape, impl):
     logits, target = table.make_case(shape, dtype)
     objective = REGISTRY[name]()
     for reduction in ("mean", "none"):
         exact = {"objective": name, "parameters": objective.parameters()}
-        check(logits, target, reduction, {"objective": objective}, exact)
+        check(logits, target, impl, reduction, {"objective": objective}, exact)
 
 
+@each_impl
 @pytest.mark.parametrize("shape", [(33, 91), (4, 1000), (2, 9001), (2, 20001)], ids=str)
 @each_dtype
 @pytest.mark.parametrize("option", table.OPTIONS)
-def test_option(option, dtype, shape):
+def test_option(option, dtype, shape, impl):
     logits, target = table.make_case(shape, dtype)
     options = table.OPTIONS[option](shape[1])
     for name, reduction in (("cross_entropy", "mean"), ("focal", "none"), ("focal", "mean")):
         exact = {"objective": name, "parameters": REGISTRY[name]().parameters(), **options}
-        check(logits, target, reduction, {"objective": REGISTRY[name](), **options}, exact)
+        check(logits, target, impl, reduction, {"objective": REGISTRY[name](), **options}, exact)
 
 
+@each_impl
 @pytest.mark.parametrize("shape", [(33, 91), (2, 20001)], ids=str)
 @each_dtype
 @pytest.mark.parametrize("margin", ["arc", "circle"])
-def test_margins_on_cosines(margin, dtype, shape):
+def test_margins_on_cosines(margin, dtype, shape, impl):
     logits, target = table.make_case(shape, dtype, cosines=True)
     logits = logits * 0.9
     ours = ik.AngularMargin(m2=0.4) if margin == "arc" else ik.logit_map.CircleMargin(0.25)
     exact = {"margin": (margin, 0.4 if margin == "arc" else 0.25), "scale": 8.0}
     for reduction in ("sum", "none"):
-        check(logits, target, reduction, {"margin": ours, "scale": 8.0}, exact)
+        check(logits, target, impl, reduction, {"margin": ours, "scale": 8.0}, exact)
 
 
+@each_impl
 @pytest.mark.parametrize("shape", [(33, 91), (2, 20001)], ids=str)
 @each_dtype
 @pytest.mark.parametrize("option", ["plain", "prior", "softcap", "weighted smoothing", "z-loss"])
-def test_class_probabilities(option, dtype, shape):
+def test_class_probabilities(option, dtype, shape, impl):
     logits, _ = table.make_case(shape, dtype)
     target = torch.softmax(torch.randn(shape), dim=1).to(dtype)
     options = {} if option == "plain" else table.OPTIONS[option](shape[1])
     for reduction in ("mean", "none"):
-        check(logits, target, reduction, options, options)
+        check(logits, target, impl, reduction, options, options)
 
 
+@each_impl
 @each_dtype
-def test_weights_of_rows_and_normalizer(dtype):
+def test_weights_of_rows_and_normalizer(dtype, impl):
     logits, target = table.make_case((33, 91), dtype)
     for options in (
         {"sample_weight": torch.rand(33)},
         {"sample_weight": torch.rand(33), "weight": torch.rand(91), "label_smoothing": 0.1, "z_loss": 0.01},
         {"sample_weight": torch.rand(33), "normalizer": 7.0},
     ):
-        check(logits, target, "mean", options, options)
-        check(logits, target, "sum", options, options)
+        check(logits, target, impl, "mean", options, options)
+        check(logits, target, impl, "sum", options, options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("function", test_triton.FUNCTIONS, ids=lambda function: function.__name__)
 def test_functions_in_units_in_the_last_place(function, dtype):
-    test_triton.check_function(function, dtype, "cuda")
+    test_triton.check_function(function, dtype, DEVICE)
 
 
+@each_impl
 @pytest.mark.parametrize("name", REGISTRY)
-def test_confident_rows_keep_seven_digits(name):
+def test_confident_rows_keep_seven_digits(name, impl):
     """Against the registry in float64, at log-odds where one minus a probability has no digits left."""
     d = torch.tensor([15.0, 16.5, 30.0, -15.0, 3.0])
-    logits = torch.stack([d, torch.zeros_like(d)], dim=1).cuda().requires_grad_()
+    logits = torch.stack([d, torch.zeros_like(d)], dim=1).to(DEVICE).requires_grad_()
     objective = REGISTRY[name]()
-    loss = softmax_loss(logits, torch.zeros(5, dtype=torch.long).cuda(), objective=objective, reduction="none")
+    loss = softmax_loss(
+        logits, torch.zeros(5, dtype=torch.long).to(DEVICE), objective=objective, impl=impl, reduction="none"
+    )
     (gradient,) = torch.autograd.grad(loss.sum(), logits)
     for found, exact in ((loss, objective.value(d.double())), (gradient[:, 0], objective.slope(d.double()))):
         torch.testing.assert_close(found.detach().cpu().double(), exact, rtol=3e-6, atol=1e-30)
 
 
-@pytest.mark.parametrize("num_classes", test_triton.WIDTHS)
+# On each side of: one lane and two, a warp and a block, and clusters of one, two and sixteen blocks, the largest, in
+# either size of numbers; and no whole number of vectors.
+CUDA_WIDTHS = [64, 65, 512, 516, 1024, 1032, 8200, 16392, 32768, 32776, 131072, 131080, 262144, 262152, 262151]
+
+
+@each_impl
+@pytest.mark.parametrize("num_classes", [*test_triton.WIDTHS, *CUDA_WIDTHS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_across_every_block_boundary(num_classes, dtype):
-    test_triton.check_block_boundary(num_classes, dtype, "cuda")
+def test_across_every_block_boundary(num_classes, dtype, impl):
+    test_triton.check_block_boundary(num_classes, dtype, DEVICE, impl)
 
 
+@each_impl
 @pytest.mark.parametrize("num_classes", [50, 20000])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_a_target_outside_makes_its_row_nan_and_no_other(num_classes, smoothing):
-    test_triton.check_targets_outside(num_classes, smoothing, "cuda")
+def test_a_target_outside_makes_its_row_nan_and_no_other(num_classes, smoothing, impl):
+    test_triton.check_targets_outside(num_classes, smoothing, DEVICE, impl)
 
 
-def test_a_target_outside_raises_where_that_is_asked_for(monkeypatch):
+@each_impl
+def test_a_target_outside_raises_where_that_is_asked_for(monkeypatch, impl):
     monkeypatch.setenv("IMBALANCE_KERNELS_CHECK", "1")
     with pytest.raises(IndexError, match="target 9 is out of bounds"):
-        ik.CrossEntropyLoss()(torch.randn(2, 5, device="cuda"), torch.tensor([1, 9], device="cuda"))
+        ik.CrossEntropyLoss(impl=impl)(torch.randn(2, 5, device=DEVICE), torch.tensor([1, 9], device=DEVICE))
 
 
 # Everything that overwrites logits which other warps or programs may still have to read.
@@ -139,44 +166,46 @@ IN_PLACE = {
 }
 
 
+@each_impl
 @pytest.mark.parametrize("case", IN_PLACE)
 @pytest.mark.parametrize("num_classes", [2, 50, 1000, 16384, 32000, 128256])
-def test_the_gradient_in_place_is_the_same(num_classes, case):
-    """A hundred times: a race would show at one of them."""
+def test_the_gradient_in_place_is_the_same(num_classes, case, impl):
     make, keywords, dtype = IN_PLACE[case]
-    x = torch.randn(64, num_classes, device="cuda").tanh().to(dtype)
-    target = torch.randint(num_classes, (64,), device="cuda")
-    (right,) = torch.autograd.grad(make(**keywords)(leaf := x.clone().requires_grad_(), target).sum(), leaf)
-    for _ in range(100):
+    x = torch.randn(64, num_classes, device=DEVICE).tanh().to(dtype)
+    target = torch.randint(num_classes, (64,), device=DEVICE)
+    (right,) = torch.autograd.grad(make(**keywords, impl=impl)(leaf := x.clone().requires_grad_(), target).sum(), leaf)
+    for _ in range(REPETITIONS):
         leaf = x.clone().requires_grad_()
         logits = leaf * 1
-        (found,) = torch.autograd.grad(make(**keywords, inplace=True)(logits, target).sum(), logits)
+        (found,) = torch.autograd.grad(make(**keywords, impl=impl, inplace=True)(logits, target).sum(), logits)
         assert torch.equal(found, right)
 
 
+@each_impl
 @pytest.mark.parametrize("num_classes", [50, 1000, 20000])
-def test_the_backward_of_the_split_in_place(num_classes):
+def test_the_backward_of_the_split_in_place(num_classes, impl):
     """Several programs to a row, of which one owns the target."""
-    x = torch.randn(64, num_classes, device="cuda")
-    target = torch.randint(num_classes, (64,), device="cuda")
+    x = torch.randn(64, num_classes, device=DEVICE)
+    target = torch.randint(num_classes, (64,), device=DEVICE)
     split = split_arguments(SoftmaxOptions(logit_map=LogitMap(softcap=5.0)))
-    found = kernels("triton").target_and_rest(x, target, *split)
-    upstream = [torch.randn(64, device="cuda") for _ in range(3)]
-    right = kernels("triton").target_and_rest_backward(x, target, *split, *found[1:3], *upstream)
-    for _ in range(100):
+    found = kernels(impl).target_and_rest(x, target, *split)
+    upstream = [torch.randn(64, device=DEVICE) for _ in range(3)]
+    right = kernels(impl).target_and_rest_backward(x, target, *split, *found[1:3], *upstream)
+    for _ in range(REPETITIONS):
         logits = x.clone()
-        kernels("triton").target_and_rest_backward_(logits, target, *split, *found[1:3], *upstream)
+        kernels(impl).target_and_rest_backward_(logits, target, *split, *found[1:3], *upstream)
         assert torch.equal(logits, right)
 
 
+@each_impl
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("num_classes", [7, 90, 96, 1000, 4099, 32000])
 @pytest.mark.parametrize("pad", [0, 1, 8])
-def test_a_rows_bits_are_its_own(num_classes, dtype, pad):
+def test_a_rows_bits_are_its_own(num_classes, dtype, pad, impl):
     """Alone or among any number of others of its stride."""
-    storage = torch.randn(150, num_classes + pad, device="cuda").to(dtype)
-    logits, target = storage[:, :num_classes], torch.randint(num_classes, (150,), device="cuda")
-    loss = ik.FocalLoss(0.5, label_smoothing=0.1, z_loss=1e-3, reduction="none")
+    storage = torch.randn(150, num_classes + pad, device=DEVICE).to(dtype)
+    logits, target = storage[:, :num_classes], torch.randint(num_classes, (150,), device=DEVICE)
+    loss = ik.FocalLoss(0.5, label_smoothing=0.1, z_loss=1e-3, reduction="none", impl=impl)
     leaf = logits.detach().requires_grad_()
     value = loss(leaf, target)
     (gradient,) = torch.autograd.grad(value.sum(), leaf)
@@ -187,38 +216,43 @@ def test_a_rows_bits_are_its_own(num_classes, dtype, pad):
         assert torch.equal(torch.autograd.grad(again.sum(), part)[0], gradient[rows])
 
 
-def test_more_than_2_to_the_31_logits():
+@needs_device
+@each_impl
+def test_more_than_2_to_the_31_logits(impl):
     num_rows, num_classes = 17000, 128256
-    logits = torch.randn(num_rows, num_classes, device="cuda", dtype=torch.bfloat16).requires_grad_()
-    target = torch.randint(num_classes, (num_rows,), device="cuda")
-    loss = ik.FocalLoss(reduction="sum")
+    logits = torch.randn(num_rows, num_classes, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
+    target = torch.randint(num_classes, (num_rows,), device=DEVICE)
+    loss = ik.FocalLoss(reduction="sum", impl=impl)
     (gradient,) = torch.autograd.grad(loss(logits, target), logits)
     last = logits[-5:].detach().clone().requires_grad_()
     (right,) = torch.autograd.grad(loss(last, target[-5:]), last)
     assert torch.equal(gradient[-5:], right)
 
 
-def test_rows_beyond_2_to_the_31_elements():
+@each_impl
+def test_rows_beyond_2_to_the_31_elements(impl):
     """Rows so far apart that most of the memory between them is never touched."""
-    storage = torch.empty(3 << 30, device="cuda", dtype=torch.bfloat16)
+    storage = torch.empty(3 << 30, device=DEVICE, dtype=torch.bfloat16)
     logits = storage.as_strided((3, 1000), (1 << 30, 1)).copy_(torch.randn(3, 1000))
-    target = torch.tensor([1, 2, 999], device="cuda")
+    target = torch.tensor([1, 2, 999], device=DEVICE)
     leaf = logits.detach().requires_grad_()
-    (found,) = torch.autograd.grad(ik.CrossEntropyLoss()(leaf, target), leaf)
+    (found,) = torch.autograd.grad(ik.CrossEntropyLoss(impl=impl)(leaf, target), leaf)
     copy = logits.contiguous().requires_grad_()
-    (right,) = torch.autograd.grad(ik.CrossEntropyLoss()(copy, target), copy)
+    (right,) = torch.autograd.grad(ik.CrossEntropyLoss(impl=impl)(copy, target), copy)
     torch.testing.assert_close(found, right, rtol=1e-2, atol=0)
 
 
+@needs_device
+@each_impl
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("num_classes", [91, 32000])
-def test_in_a_graph(num_classes, reduction):
+def test_in_a_graph(num_classes, reduction, impl):
     """Captured once, replayed with other logits, targets and upstream gradients."""
     prior = torch.softmax(torch.randn(num_classes), 0)
-    loss = ik.FocalLoss(prior=prior, reduction=reduction, label_smoothing=0.1).cuda()
-    x = torch.randn(40, num_classes, device="cuda").requires_grad_()
-    target = torch.randint(num_classes, (40,), device="cuda")
-    upstream = torch.ones((40,) if reduction == "none" else (), device="cuda")
+    loss = ik.FocalLoss(prior=prior, reduction=reduction, label_smoothing=0.1, impl=impl).to(DEVICE)
+    x = torch.randn(40, num_classes, device=DEVICE).requires_grad_()
+    target = torch.randint(num_classes, (40,), device=DEVICE)
+    upstream = torch.ones((40,) if reduction == "none" else (), device=DEVICE)
 
     def step():
         return torch.autograd.grad(loss(x, target), x, upstream)[0]
@@ -240,25 +274,29 @@ def test_in_a_graph(num_classes, reduction):
         assert torch.equal(found, step())
 
 
-def test_on_another_stream():
+@needs_device
+@each_impl
+def test_on_another_stream(impl):
     stream = torch.cuda.Stream()
-    x, target = torch.randn(2000, 8142, device="cuda"), torch.randint(8142, (2000,), device="cuda")
-    right = ik.CrossEntropyLoss()(x, target)
+    x, target = torch.randn(2000, 8142, device=DEVICE), torch.randint(8142, (2000,), device=DEVICE)
+    right = ik.CrossEntropyLoss(impl=impl)(x, target)
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         late = x.mul(1.0).mul(1.0)
-        found = ik.CrossEntropyLoss()(late, target)
+        found = ik.CrossEntropyLoss(impl=impl)(late, target)
     torch.cuda.current_stream().wait_stream(stream)
     assert torch.equal(found, right)
 
 
-def test_nothing_waits_for_the_device():
+@needs_device
+@each_impl
+def test_nothing_waits_for_the_device(impl):
     losses = [
-        ik.FocalLoss(prior=torch.softmax(torch.randn(1000), 0), reduction=r, impl="triton").cuda()
+        ik.FocalLoss(prior=torch.softmax(torch.randn(1000), 0), reduction=r, impl=impl).to(DEVICE)
         for r in ("mean", "none")
     ]
-    x = torch.randn(40, 1000, device="cuda").requires_grad_()
-    target = torch.randint(1000, (40,), device="cuda")
+    x = torch.randn(40, 1000, device=DEVICE).requires_grad_()
+    target = torch.randint(1000, (40,), device=DEVICE)
     half = x.detach().half().requires_grad_()
     for loss in losses:
         for leaf in (x, half):
@@ -268,17 +306,21 @@ def test_nothing_waits_for_the_device():
         for loss in losses:
             for leaf in (x, half):
                 loss(leaf, target).sum().backward()
-        softmax_loss(x, target, normalizer=torch.ones((), device="cuda"), sample_weight=torch.ones(40, device="cuda"))
+        softmax_loss(
+            x, target, impl=impl, normalizer=torch.ones((), device=DEVICE), sample_weight=torch.ones(40, device=DEVICE)
+        )
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@needs_device
+@each_impl
 @pytest.mark.parametrize("inplace, gradients", [(False, 1), (True, 0)])
-def test_memory_is_one_gradient_and_in_place_none(inplace, gradients):
-    logits = torch.randn(2048, 32000, device="cuda")
-    logits = torch.zeros((), device="cuda", requires_grad=True) + logits  # no leaf
-    target = torch.randint(32000, (2048,), device="cuda")
-    loss = ik.FocalLoss(prior=torch.softmax(torch.randn(32000), 0), inplace=inplace).cuda()
+def test_memory_is_one_gradient_and_in_place_none(inplace, gradients, impl):
+    logits = torch.randn(2048, 32000, device=DEVICE)
+    logits = torch.zeros((), device=DEVICE, requires_grad=True) + logits  # no leaf
+    target = torch.randint(32000, (2048,), device=DEVICE)
+    loss = ik.FocalLoss(prior=torch.softmax(torch.randn(32000), 0), inplace=inplace, impl=impl).to(DEVICE)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     (gradient,) = torch.autograd.grad(loss(logits, target), logits)
@@ -287,26 +329,28 @@ def test_memory_is_one_gradient_and_in_place_none(inplace, gradients):
     assert (gradient.data_ptr() == logits.data_ptr()) == inplace
 
 
+@each_impl
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled(backend):
-    loss = ik.FocalLoss(prior=torch.softmax(torch.randn(91), 0), label_smoothing=0.1)
-    weight = torch.randn(91, 16, device="cuda").requires_grad_()
+def test_compiled(backend, impl):
+    loss = ik.FocalLoss(prior=torch.softmax(torch.randn(91), 0), label_smoothing=0.1, impl=impl)
+    weight = torch.randn(91, 16, device=DEVICE).requires_grad_()
     step = lambda h, target: loss(h @ weight.t(), target)  # noqa: E731
     run = torch.compile(step, fullgraph=True, backend=backend)
     for num_rows in (9, 40, 33):
-        h, target = torch.randn(num_rows, 16, device="cuda"), torch.randint(91, (num_rows,), device="cuda")
+        h, target = torch.randn(num_rows, 16, device=DEVICE), torch.randint(91, (num_rows,), device=DEVICE)
         (found,) = torch.autograd.grad(run(h, target), weight)
         (right,) = torch.autograd.grad(step(h, target), weight)
         torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5 * float(right.abs().max()))
 
 
-def test_float16_with_a_gradient_scaler():
-    head = torch.nn.Linear(32, 1000, device="cuda")
-    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**16)
-    h, target = torch.randn(4096, 32, device="cuda"), torch.randint(1000, (4096,), device="cuda")
-    with torch.autocast("cuda", dtype=torch.float16):
+@each_impl
+def test_float16_with_a_gradient_scaler(impl):
+    head = torch.nn.Linear(32, 1000, device=DEVICE)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**16)
+    h, target = torch.randn(4096, 32, device=DEVICE), torch.randint(1000, (4096,), device=DEVICE)
+    with torch.autocast(DEVICE, dtype=torch.float16):
         logits = head(h)
-        loss = ik.CrossEntropyLoss()(logits, target)
+        loss = ik.CrossEntropyLoss(impl=impl)(logits, target)
     scaler.scale(loss).backward()
     exact = oracle.loss_and_gradient(logits.detach().cpu(), 1.0, target=target.cpu())[1]
     right = exact.t() @ h.cpu().double()
@@ -314,8 +358,58 @@ def test_float16_with_a_gradient_scaler():
     assert worst_row_error(found, right) < 2e-2
 
 
-def test_the_default_on_a_gpu_is_triton():
-    logits = torch.randn(3, 5, device="cuda")
-    assert ik.implementation.choose(None, logits) == "triton"
-    losses = softmax_loss(logits, torch.tensor([0, 1, -100], device="cuda"), objective=Focal(), reduction="none")
+@each_impl
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("num_classes", [91, 1000, 32000, 128255])
+def test_repeated_runs_have_the_same_bits(num_classes, dtype, impl):
+    x = torch.randn(300 if num_classes < 2000 else 9, num_classes, device=DEVICE).to(dtype)
+    target = torch.randint(num_classes, (len(x),), device=DEVICE)
+    loss = ik.FocalLoss(prior=torch.softmax(torch.randn(num_classes), 0), label_smoothing=0.1, impl=impl).to(DEVICE)
+    right = None
+    for _ in range(REPETITIONS):
+        leaf = x.clone().requires_grad_()
+        value = loss(leaf, target)
+        found = value.detach(), torch.autograd.grad(value, leaf)[0]
+        right = found if right is None else right
+        assert torch.equal(found[0], right[0]) and torch.equal(found[1], right[1])
+
+
+@each_impl
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options, target", [("everything", "indices"), ("plain", "probabilities")])
+@pytest.mark.parametrize("op", test_behaviour.OP_CALLS)
+def test_opcheck(op, options, target, dtype, impl):
+    """Schema (what is mutated), fake kernel and its device, and the operation under aot dispatch."""
+    arguments = test_behaviour.OP_CALLS[op](test_behaviour.OPTIONS[options], dtype, target, 5)
+    operation = getattr(kernels(impl), op.split()[0]).default
+    torch.library.opcheck(operation, tuple(moved(value) for value in arguments))
+
+
+@each_impl
+@pytest.mark.parametrize("factor", [1.0, 1 / 3])
+def test_opcheck_scale_(factor, impl):
+    gradient = torch.randn(5, 91, device=DEVICE)
+    torch.library.opcheck(kernels(impl).scale_.default, (gradient, torch.tensor(factor, device=DEVICE)))
+
+
+if torch.cuda.device_count() > 1:  # nothing to leave out where there is one
+
+    @each_impl
+    @pytest.mark.parametrize("num_classes", [91, 32000])
+    def test_on_a_device_that_is_not_the_current_one(num_classes, impl):
+        x, target = torch.randn(40, num_classes), torch.randint(num_classes, (40,))
+        gradients = []
+        for device in ("cuda:0", "cuda:1"):
+            leaf = x.to(device).requires_grad_()
+            ik.FocalLoss(label_smoothing=0.1, impl=impl)(leaf, target.to(device)).mul(0.5).backward()
+            assert torch.cuda.current_device() == 0 and leaf.grad.device == leaf.device
+            gradients.append(leaf.grad.cpu())
+        torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-9)
+
+
+@needs_device
+def test_the_default_on_a_gpu_is_cuda():
+    logits = torch.randn(3, 5, device=DEVICE)
+    assert ik.implementation.choose(None, logits) == "cuda"
+    losses = softmax_loss(logits, torch.tensor([0, 1, -100], device=DEVICE), objective=Focal(), reduction="none")
     assert losses.is_cuda and math.isfinite(losses.sum())

@@ -25,11 +25,11 @@ from imbalance_kernels.functional import softmax_loss
 from imbalance_kernels.objectives import REGISTRY
 from imbalance_kernels.ops.kernel_arguments import objective_arguments, split_arguments
 from imbalance_kernels.ops.kernels import SCHEMAS
+from imbalance_kernels.ops.kernels import kernels as operations_of
 from imbalance_kernels.options import SoftmaxOptions
 from imbalance_kernels.triton_kernels import launch, objectives
 from imbalance_kernels.triton_kernels import math as functions
 from imbalance_kernels.triton_kernels import softmax_loss as kernels
-from imbalance_kernels.triton_kernels import target_and_rest as split_kernels
 
 
 def test_operations_have_the_schemas_of_the_extension():
@@ -171,9 +171,9 @@ def test_ends_of_the_functions():
 # ---------------------------------------------------------------- shapes
 
 
-def loss_and_gradient(logits, target, device="cpu", **options):
+def loss_and_gradient(logits, target, device="cpu", impl="triton", **options):
     leaf = logits.to(device, copy=True).requires_grad_()
-    loss = softmax_loss(leaf, target.to(device), impl="triton", **options)
+    loss = softmax_loss(leaf, target.to(device), impl=impl, **options)
     (gradient,) = torch.autograd.grad(loss, leaf)
     return loss.detach().cpu(), gradient.cpu()
 
@@ -183,7 +183,7 @@ def loss_and_gradient(logits, target, device="cpu", **options):
 WIDTHS = [1, 2, 3, 15, 16, 17, 31, 32, 33, 128, 129, 1000, 2047, 8192, 8193, 16384, 16385, 24577]
 
 
-def check_block_boundary(num_classes, dtype, device="cpu"):
+def check_block_boundary(num_classes, dtype, device="cpu", impl="triton"):
     """The target first, last and in between, masks beside it; then class weights spread over the rows."""
     target = torch.tensor([0, num_classes - 1, num_classes // 2, 0])
     logits = torch.randn(4, num_classes).to(dtype)
@@ -192,7 +192,7 @@ def check_block_boundary(num_classes, dtype, device="cpu"):
         target[2] = target[2] // 3 * 3
     options = {"prior": torch.softmax(torch.randn(num_classes), 0)}
     right, exact = oracle.loss_and_gradient(logits, 1.0, target=target, **options)
-    loss, gradient = loss_and_gradient(logits, target, device, **options)
+    loss, gradient = loss_and_gradient(logits, target, device, impl, **options)
     assert float(loss) == pytest.approx(float(right), rel=1e-5, abs=1e-6)
     assert oracle.worst_row_error(gradient, exact) <= (8e-3 if dtype == torch.bfloat16 else 1e-5)
     logits = torch.randn(4, num_classes).to(dtype)
@@ -200,7 +200,7 @@ def check_block_boundary(num_classes, dtype, device="cpu"):
     for labels in (target, torch.softmax(torch.randn(4, num_classes), 1).to(dtype)):
         right, exact = oracle.loss_and_gradient(logits, 1.0, target=labels, **options)
         moved = {**options, "weight": options["weight"].to(device)}
-        loss, gradient = loss_and_gradient(logits, labels, device, **moved)
+        loss, gradient = loss_and_gradient(logits, labels, device, impl, **moved)
         assert float(loss) == pytest.approx(float(right), rel=1e-5)
         if num_classes == 1:  # all but the z-loss cancels: relative to the terms, which are weights of up to 1.5
             assert float((gradient.double() - exact).abs().max()) <= 1e-6
@@ -315,22 +315,23 @@ def test_rows_without_a_class_are_not_read(num_classes, monkeypatch):
     assert torch.isfinite(gradient[0]).all()
 
 
-def check_targets_outside(num_classes, smoothing, device="cpu"):
+def check_targets_outside(num_classes, smoothing, device="cpu", impl="triton"):
     """A row whose target is no class is NaN, out of the divisor, and no other row notices."""
+    operations = operations_of(impl)
     options = SoftmaxOptions(label_smoothing=smoothing)
     logits = torch.randn(6, num_classes).to(device)
     target = torch.tensor([3, num_classes, 7, -1, -100, 0]).to(device)
     good = [0, 2, 4, 5]
-    losses, _ = kernels.softmax_loss(logits, target, *arguments(options, reduction="none"), False)
-    alone, _ = kernels.softmax_loss(logits[good], target[good], *arguments(options, reduction="none"), False)
+    losses, _ = operations.softmax_loss(logits, target, *arguments(options, reduction="none"), False)
+    alone, _ = operations.softmax_loss(logits[good], target[good], *arguments(options, reduction="none"), False)
     assert torch.equal(losses[good], alone) and losses[[1, 3]].isnan().all()
-    mean, gradient = kernels.softmax_loss(logits, target, *arguments(options, reduction="mean"), True)
-    _, of_good = kernels.softmax_loss(logits[good], target[good], *arguments(options, reduction="mean"), True)
+    mean, gradient = operations.softmax_loss(logits, target, *arguments(options, reduction="mean"), True)
+    _, of_good = operations.softmax_loss(logits[good], target[good], *arguments(options, reduction="mean"), True)
     assert mean.isnan() and torch.equal(gradient[good], of_good) and gradient[[1, 3]].isnan().all()
-    split = split_kernels.target_and_rest(logits, target, *split_arguments(options))
+    split = operations.target_and_rest(logits, target, *split_arguments(options))
     assert all(vector[[1, 3]].isnan().all() for vector in split if vector.numel())
     upstream = [torch.randn(6, device=device) for _ in range(3)]
-    backward = split_kernels.target_and_rest_backward(logits, target, *split_arguments(options), *split[1:3], *upstream)
+    backward = operations.target_and_rest_backward(logits, target, *split_arguments(options), *split[1:3], *upstream)
     assert backward[[1, 3]].isnan().all() and torch.isfinite(backward[good]).all()
 
 

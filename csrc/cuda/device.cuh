@@ -153,7 +153,11 @@ cudaError_t resident_clusters(void (*kernel)(Parameters...), const Shape& shape,
   const auto [found, is_new] =
       known.try_emplace({function, index, shape.threads, shape.cluster, shape.shared_memory}, 0);
   if (is_new) {
-    cudaError_t error = prepare(kernel, shape);
+    cudaFuncAttributes attributes;
+    cudaError_t error = cudaFuncGetAttributes(&attributes, function);
+    // Compiled for compute capability 8 and run on a later one, a kernel takes each block for a cluster (above).
+    if (error == cudaSuccess && shape.cluster > 1 && attributes.ptxVersion < 90) error = cudaErrorInvalidClusterSize;
+    if (error == cudaSuccess) error = prepare(kernel, shape);
     if (error == cudaSuccess && shape.cluster > 1) {
       cudaLaunchAttribute attribute;
       const cudaLaunchConfig_t config =

@@ -85,16 +85,16 @@ enum Option : unsigned {
   kGradientOffset = 1 << 22,
 };
 
-// With the largest shared memory 12 KB or less even short rows need clusters where there is a bias; with 4 KB they
-// cannot have them.
+// With little shared memory for the bias even short rows need clusters, or have none that is large enough.
 constexpr Device kHopper{2, 227 << 10, 50 << 20, true}, kAmpere{2, 99 << 10, 50 << 20, false};
-constexpr Device kSmall{2, 12 << 10, 50 << 20, true}, kMedium{2, 28 << 10, 50 << 20, true};
-constexpr Device kTiny{2, 4 << 10, 50 << 20, true}, kLittleCache{8, 99 << 10, 40000, false};
+constexpr Device kMedium{2, 28 << 10, 50 << 20, true}, kSmall{2, 12 << 10, 50 << 20, true};
+constexpr Device kSmaller{2, 9 << 10, 50 << 20, true}, kTiny{2, 4 << 10, 50 << 20, true};
+constexpr Device kLittleCache{8, 99 << 10, 40000, false};  // one row at a time, where it is read twice
 
 struct Case {
   const char* name;
   int rows, classes;
-  unsigned cluster, threads;  // of the last kernel that serves it
+  unsigned cluster;  // blocks, of the last kernel that serves it
   unsigned options = 0;
   int gap = 0;     // stride - classes
   int offset = 0;  // numbers before the first row
@@ -108,90 +108,76 @@ constexpr unsigned kEverything = kBias | kScale | kFactor | kSoftcap | kWeights 
 
 constexpr Case kCases[] = {
     // rows_in_lanes, of 1 to 32 lanes
-    {"lanes_1", 300, 16, 1, 128},
-    {"lanes_1_one_class", 5, 1, 1, 128},
-    {"lanes_1_mean", 7, 5, 1, 128, kMean},
-    {"lanes_2", 140, 31, 1, 128, kBias, 0, 1},
-    {"lanes_4", 70, 64, 1, 128, kScale | kBias | kInPlace, 4},
-    {"lanes_8", 40, 91, 1, 128, kFactor | kSoftcap | kMargin | kMasks, 5},
-    {"lanes_8_circle", 5, 128, 1, 128, kCircle | kScale | kMasks | kZLoss},
-    {"lanes_16", 20, 256, 1, 128, kEverything},
-    {"lanes_16_losses", 5, 200, 1, 128, kBias | kLosses | kUnalignedVectors},
-    {"lanes_32", 11, 500, 1, 128, kProbabilities | kWeights | kSmoothing | kMasks},
-    {"lanes_32_odd", 11, 507, 1, 128, kMean | kInPlace, 1, 2},
-    {"lanes_32_bias", 5, 500, 1, 128, kBias | kMasks},
-    {"lanes_strided", 5, 80, 1, 128, 0, 2},
-    {"lanes_offset", 5, 80, 1, 128, kScale, 0, 1},
-    {"lanes_gradient_strided", 5, 80, 1, 128, kGradientStrided},
-    {"lanes_gradient_offset", 5, 80, 1, 128, kGradientOffset},
-    {"lanes_nothing", 5, 40, 1, 128, kNothing, 4},
-    {"lanes_far", 3, 20, 1, 128, kFar},
-    {"lanes_bfloat16", 11, 776, 1, 128, kEverything, 8, 0, kHopper, Dtype::bfloat16},
-    {"lanes_bfloat16_odd", 11, 777, 1, 128, kBias, 0, 3, kHopper, Dtype::bfloat16},
-    {"lanes_float16", 5, 96, 1, 128, kProbabilities | kSmoothing, 0, 0, kHopper, Dtype::float16},
+    {"lanes_1", 300, 16, 1},
+    {"lanes_1_one_class", 5, 1, 1},
+    {"lanes_1_mean", 7, 5, 1, kMean},
+    {"lanes_2", 140, 31, 1, kBias, 0, 1},
+    {"lanes_4", 70, 64, 1, kScale | kBias | kInPlace, 4},
+    {"lanes_8", 40, 91, 1, kFactor | kSoftcap | kMargin | kMasks, 5},
+    {"lanes_8_circle", 5, 128, 1, kCircle | kScale | kMasks | kZLoss},
+    {"lanes_16", 20, 256, 1, kEverything},
+    {"lanes_16_losses", 5, 200, 1, kBias | kLosses | kUnalignedVectors},
+    {"lanes_32", 11, 500, 1, kProbabilities | kWeights | kSmoothing | kMasks},
+    {"lanes_8_unaligned_probabilities", 5, 80, 1, kProbabilities | kUnalignedVectors},
+    {"lanes_32_odd", 11, 507, 1, kMean | kInPlace, 1, 2},
+    {"lanes_32_bias", 5, 500, 1, kBias | kMasks},
+    {"lanes_strided", 5, 80, 1, kLosses, 1},
+    {"lanes_offset", 5, 80, 1, kLosses | kScale, 0, 1},
+    {"lanes_gradient_strided", 5, 80, 1, kGradientStrided},
+    {"lanes_gradient_offset", 5, 80, 1, kGradientOffset},
+    {"lanes_nothing", 5, 40, 1, kNothing, 4},
+    {"lanes_far", 3, 20, 1, kFar},
+    {"lanes_bfloat16", 11, 776, 1, kEverything, 8, 0, kHopper, Dtype::bfloat16},
+    {"lanes_bfloat16_odd", 11, 777, 1, kBias, 0, 3, kHopper, Dtype::bfloat16},
+    {"lanes_float16", 5, 96, 1, kProbabilities | kSmoothing, 0, 0, kHopper, Dtype::float16},
 
     // rows_over_clusters, of 1 to 16 blocks
-    {"cluster_1", 5, 2000, 1, 64, kInPlace},
-    {"cluster_1_odd", 5, 1999, 1, 64, kScale | kBias | kMasks, 2, 1},
-    {"cluster_1_one_warp", 5, 1000, 1, 32, kBare},
-    {"cluster_1_full", 3, 8192, 1, 256, 0, 4},
-    {"cluster_1_nothing", 3, 601, 1, 32, kNothing, 1},
-    {"cluster_1_far", 3, 600, 1, 32, kFar},
-    {"cluster_2", 3, 8196, 2, 160},
-    {"cluster_2_bias", 5, 4096, 2, 64, kBias | kMasks | kInPlace, 0, 0, kSmall},
-    {"cluster_4", 3, 16388, 4, 160, kScale},
-    {"cluster_4_everything", 5, 8000, 4, 64, kEverything, 4, 0, kMedium},
-    {"cluster_4_probabilities",
-     5,
-     4001,
-     4,
-     32,
-     kProbabilities | kSmoothing | kWeights | kMasks,
-     0,
-     0,
-     {2, 9 << 10, 0, true}},
-    {"cluster_4_unaligned_probabilities",
-     3,
-     4096,
-     4,
-     32,
-     kProbabilities | kUnalignedVectors | kBias,
-     0,
-     0,
-     {2, 9 << 10, 0, true}},
-    {"cluster_8", 3, 32772, 8, 160},
-    {"cluster_8_odd", 5, 16001, 8, 64, kBias | kMean, 1, 3, kSmall},
-    {"cluster_16", 3, 65540, 16, 160},
-    {"cluster_16_bias", 5, 32000, 16, 64, kBias | kZLoss, 0, 0, kSmall},
-    {"cluster_2_bfloat16", 3, 16408, 2, 160, kBias, 0, 0, kHopper, Dtype::bfloat16},
-    {"cluster_2_float16", 3, 16407, 2, 160, kEverything & ~kMasks, 0, 0, kHopper, Dtype::float16},
-    {"cluster_1_wide_probabilities", 5, 2000, 1, 32, kProbabilities | kWideProbabilities, 0, 0, kHopper,
-     Dtype::bfloat16},
+    {"cluster_1", 5, 2000, 1, kInPlace},
+    {"cluster_1_bias", 5, 2000, 1, kBias},
+    {"cluster_1_odd", 5, 1999, 1, kScale | kBias | kMasks, 2, 1},
+    {"cluster_1_one_warp", 5, 1000, 1, kBare},
+    {"cluster_1_full", 3, 8192, 1, 0, 4},
+    {"cluster_1_nothing", 3, 601, 1, kNothing, 1},
+    {"cluster_1_far", 3, 600, 1, kFar},
+    {"cluster_2", 3, 8196, 2},
+    {"cluster_2_bias", 5, 4096, 2, kBias | kMasks | kInPlace, 0, 0, kSmall},
+    {"cluster_4", 3, 16388, 4, kScale},
+    {"cluster_4_everything", 5, 8000, 4, kEverything, 4, 0, kMedium},
+    {"cluster_4_probabilities", 5, 4001, 4, kProbabilities | kSmoothing | kWeights | kMasks, 0, 0, kSmaller},
+    {"cluster_8", 3, 32772, 8},
+    {"cluster_8_odd", 5, 16001, 8, kBias | kMean, 1, 3, kSmall},
+    {"cluster_16", 3, 65540, 16},
+    {"cluster_16_bias", 5, 32000, 16, kBias | kZLoss, 0, 0, kSmall},
+    {"cluster_2_bfloat16", 3, 16408, 2, kBias, 0, 0, kHopper, Dtype::bfloat16},
+    {"cluster_2_float16", 3, 16407, 2, kEverything & ~kMasks, 0, 0, kHopper, Dtype::float16},
+    {"cluster_1_wide_probabilities", 5, 2000, 1, kProbabilities | kWideProbabilities, 0, 0, kHopper, Dtype::bfloat16},
 
     // rows_in_sweeps
-    {"sweeps", 5, 20000, 1, 512, 0, 0, 0, kAmpere},
-    {"sweeps_odd", 5, 9001, 1, 512, kEverything | kInPlace, 1, 1, kAmpere},
-    {"sweeps_weights", 5, 1000, 1, 64, kBias | kWeights | kSmoothing | kUnalignedVectors, 0, 0, kTiny},
-    {"sweeps_probabilities", 3, 8200, 1, 512, kProbabilities | kWeights | kInPlace, 0, 0, kLittleCache},
-    {"sweeps_unaligned_bias", 5, 1000, 1, 64, kLosses | kBias | kUnalignedVectors},
-    {"sweeps_losses", 5, 1001, 1, 64, kLosses | kMasks | kBias},
-    {"sweeps_losses_long", 5, 17000, 1, 512, kLosses | kScale},
-    {"sweeps_nothing", 3, 9000, 1, 512, kNothing, 4, 0, kAmpere},
-    {"sweeps_far", 3, 600, 1, 64, kFar | kBias, 0, 0, kTiny},
-    {"sweeps_bfloat16", 3, 34000, 1, 512, kBias, 0, 0, kAmpere, Dtype::bfloat16},
-    {"sweeps_float64", 5, 2001, 1, 256, kEverything, 0, 0, kHopper, Dtype::float64},
-    {"sweeps_float64_short", 5, 10, 1, 32, kProbabilities, 0, 0, kHopper, Dtype::float64},
+    {"sweeps", 5, 20000, 1, 0, 0, 0, kAmpere},
+    {"sweeps_odd", 5, 17001, 1, kEverything | kInPlace, 1, 1, kAmpere},
+    {"sweeps_weights", 5, 1000, 1, kBias | kWeights | kSmoothing | kUnalignedVectors, 0, 0, kTiny},
+    {"sweeps_probabilities", 3, 17000, 1, kProbabilities | kWeights | kInPlace, 0, 0, kLittleCache},
+    {"sweeps_in_place", 5, 1001, 1, kBias | kInPlace, 0, 0, kTiny},
+    {"sweeps_unaligned_bias", 5, 1000, 1, kLosses | kBias | kUnalignedVectors},
+    {"sweeps_losses", 5, 1001, 1, kLosses | kMasks | kBias},
+    {"sweeps_losses_long", 5, 17000, 1, kLosses | kScale},
+    {"sweeps_nothing", 3, 17000, 1, kNothing, 4, 0, kAmpere},
+    {"sweeps_far", 3, 600, 1, kFar | kBias, 0, 0, kTiny},
+    {"sweeps_bfloat16", 3, 34000, 1, kBias, 0, 0, kAmpere, Dtype::bfloat16},
+    {"sweeps_float64", 5, 2001, 1, kEverything, 0, 0, kHopper, Dtype::float64},
+    {"sweeps_float64_short", 5, 10, 1, kProbabilities, 0, 0, kHopper, Dtype::float64},
 
     // rows_again
-    {"again_1", 300, 16, 1, 256, kSplit},
-    {"again_8", 40, 100, 1, 256, kSplit | kEverything | kInPlace},
-    {"again_128", 5, 2000, 1, 256, kSplit | kScale | kBias | kMasks},
-    {"again_256", 5, 5001, 1, 256, kSplit | kWeights | kSmoothing, 1, 3},
-    {"again_unaligned_weights", 5, 1000, 1, 256, kSplit | kWeights | kSmoothing | kUnalignedVectors},
-    {"again_circle", 5, 9000, 1, 256, kSplit | kCircle | kUnalignedVectors | kFactor},
-    {"again_probabilities", 5, 700, 1, 256, kSplit | kProbabilities | kWeights},
-    {"again_far", 3, 20, 1, 256, kSplit | kFar},
-    {"again_bfloat16", 5, 1500, 1, 256, kSplit | kEverything, 0, 0, kHopper, Dtype::bfloat16},
+    {"again_1", 300, 16, 1, kSplit},
+    {"again_8", 40, 100, 1, kSplit | kEverything | kInPlace},
+    {"again_32_odd", 5, 301, 1, kSplit | kBias, 1, 1},
+    {"again_128", 5, 2000, 1, kSplit | kScale | kBias | kMasks},
+    {"again_256", 5, 5001, 1, kSplit | kWeights | kSmoothing, 1, 3},
+    {"again_unaligned_weights", 5, 1000, 1, kSplit | kWeights | kSmoothing | kUnalignedVectors},
+    {"again_circle", 5, 9000, 1, kSplit | kCircle | kUnalignedVectors | kFactor},
+    {"again_probabilities", 5, 700, 1, kSplit | kProbabilities | kWeights},
+    {"again_far", 3, 20, 1, kSplit | kFar},
+    {"again_bfloat16", 5, 1500, 1, kSplit | kEverything, 0, 0, kHopper, Dtype::bfloat16},
 };
 
 int random_orders = 0;
@@ -610,11 +596,9 @@ void check_rows(const Problem& problem, const std::vector<std::pair<const char*,
   }
 }
 
-void check_kernel(const Case& c) {
-  const emulation::Machine& m = *emulation::machine;
-  if (m.cluster != c.cluster || m.threads != c.threads) {
-    wrong("another kernel: clusters of %u blocks of %u threads", m.cluster, m.threads);
-  }
+void check_cluster(const Case& c) {
+  const unsigned cluster = emulation::machine->cluster;
+  if (cluster != c.cluster) wrong("clusters of %u blocks", cluster);
 }
 
 void copy(const Matrix& from, const Case& c, Matrix* to) {
@@ -645,7 +629,7 @@ Bytes run_loss(const Problem& problem) {
   a.d_logits = c.has(kLosses) ? nullptr : d_logits.data();
   a.gradient_stride = c.has(kLosses) ? 0 : d_logits.stride();
   check(loss_rows(a, c.rows, nullptr));
-  check_kernel(c);
+  check_cluster(c);
 
   if (emulation::schedule.order == emulation::Order::forward) {
     check_rows(problem, vectors, c.has(kLosses) ? nullptr : &d_logits);
@@ -679,7 +663,7 @@ Bytes run_split(const Problem& problem) {
   a.d_logits = d_logits.data();
   a.gradient_stride = d_logits.stride();
   check(split_backward_rows(a, c.rows, nullptr));
-  check_kernel(c);
+  check_cluster(c);
 
   if (emulation::schedule.order == emulation::Order::forward) check_rows(problem, vectors, &d_logits);
   Bytes results = d_logits.bytes();
@@ -698,7 +682,7 @@ void run_rows(const Case& c) {
 // ---- The small kernels ----
 
 void run_scale(int rows, int classes, int gap, int offset, double by, unsigned options = 0) {
-  const Case c{"", rows, classes, 1, 256, options, gap, offset};
+  const Case c{"", rows, classes, 1, options, gap, offset};
   Numbers factor(Dtype::float32, 1);
   factor.set(0, by);
   in_every_order([&] {
