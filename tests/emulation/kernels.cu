@@ -26,13 +26,13 @@
 namespace imbalance::cuda {
 struct BFloat16;
 struct Float16;
+template <class>
+cudaError_t loss_rows_of(const LossArguments&, std::int64_t, cudaStream_t);
+template <class>
+cudaError_t split_rows_of(const SplitArguments&, const SplitVectors&, std::int64_t, cudaStream_t);
+template <class>
+cudaError_t split_backward_rows_of(const SplitBackwardArguments&, std::int64_t, cudaStream_t);
 #define ABSENT(S)                                                                                        \
-  template <class>                                                                                       \
-  cudaError_t loss_rows_of(const LossArguments&, std::int64_t, cudaStream_t);                            \
-  template <class>                                                                                       \
-  cudaError_t split_rows_of(const SplitArguments&, const SplitVectors&, std::int64_t, cudaStream_t);     \
-  template <class>                                                                                       \
-  cudaError_t split_backward_rows_of(const SplitBackwardArguments&, std::int64_t, cudaStream_t);         \
   template <>                                                                                            \
   cudaError_t loss_rows_of<S>(const LossArguments&, std::int64_t, cudaStream_t) {                        \
     return cudaErrorNotSupported;                                                                        \

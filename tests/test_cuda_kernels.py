@@ -1,0 +1,529 @@
+"""The CUDA kernels run on the CPU under sanitizers, by tests/emulation/kernels.cu; and what is wrong with them shows.
+
+The mutants are all in one copy of the sources, each behind a condition on its number, since compiling is what costs.
+Not among them is what changes nothing: Columns.has and may_hold only save work, and so does the end of a class vector
+in load_values, where it is aligned; an unaligned row without padding is staged by the threads that read it.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from typing import NamedTuple
+
+import pytest
+from emulation import build
+
+FLAGS = ["-O0", "-g1"]  # optimizing takes longer than it saves
+DTYPES = ["float32", "bfloat16", "float16", "float64"]
+
+
+def sources(cuda, dtypes):
+    return [
+        build.EMULATION / "kernels.cu",
+        cuda / "softmax_loss.cu",
+        *(cuda / f"softmax_loss_{dtype}.cu" for dtype in dtypes),
+    ]
+
+
+def run(program, orders, cases, **environment):
+    environment = os.environ | {"TSAN_OPTIONS": "halt_on_error=1"} | environment
+    command = [program, str(orders), *cases]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_every_kernel_in_every_order(tmp_path_factory):
+    build.require()
+    program = build.session_folder(tmp_path_factory) / "kernels_address"
+    flags = [*build.SANITIZERS["address"], *FLAGS, "-Werror"]
+    build.compile_once(sources(build.CSRC / "cuda", DTYPES), program, flags)
+    code, output = run(program, orders=3, cases=[])
+    assert (code, re.sub(r"\d+", "N", output)) == (0, "N cases are right\n"), output
+
+
+# Few and small, for ThreadSanitizer: every kernel, every barrier, in place.
+RACES = [
+    *("lanes_2", "lanes_4", "lanes_16", "cluster_1", "cluster_1_odd", "cluster_2_bias", "sweeps_weights"),
+    *("sweeps_in_place", "again_8", "scale_8", "sum_of_few", "weight_sums_of_samples"),
+]
+
+
+def test_no_two_threads_race(tmp_path_factory):
+    build.require()
+    program = build.session_folder(tmp_path_factory) / "kernels_thread"
+    flags = [*build.SANITIZERS["thread"], *FLAGS, "-DFLOAT32_ALONE"]
+    build.compile_once(sources(build.CSRC / "cuda", ["float32"]), program, flags)
+    code, output = run(program, orders=0, cases=RACES)
+    assert (code, output) == (0, f"{len(RACES)} cases are right\n")
+
+
+class Mutant(NamedTuple):
+    name: str
+    place: str  # file: function
+    edits: dict[str, str]  # expressions or, where they end with a semicolon, statements, which the function has once
+    case: str
+    found: str
+    sanitizer: str = "address"
+
+
+RESULT = r"^\w+: wrong: (not the same in every order|.* should be |numbers between)"
+RACE = r"WARNING: ThreadSanitizer: data race"
+BEYOND = r"AddressSanitizer: heap-buffer-overflow"
+MISALIGNED = r"error: address \w+ is not aligned to 16 bytes|runtime error: .* misaligned address"
+INDEX = r"runtime error: index \d+ out of bounds for type"
+OVERFLOW = r"runtime error: signed integer overflow"
+NOT_STARTED = r"error: block \d of the cluster may not have started"
+EXITED = r"error: block \d of the cluster has exited: thread \d+ of block \d in remote"
+TOO_EARLY = f"{RESULT}|{EXITED}"
+NOTHING = "(void)0"
+
+LANES, CLUSTERS = "softmax_loss.cuh: rows_in_lanes", "softmax_loss.cuh: rows_over_clusters"
+SWEEPS, AGAIN = "softmax_loss.cuh: rows_in_sweeps", "softmax_loss.cuh: rows_again"
+STORE_TARGET = {"if (owns_target) store_number(d_row + place.target, gradient.target);": ""}
+MINE = "&sums_of_blocks[parity * kLargestCluster + rank]"
+FINISH = "finish(results, place, {}, sums, rank == 0 && lane == 0)"
+HIGHEST = "maximum(sums.highest, piece.highest())"
+ALIGNED, SCALE = "softmax_loss.cuh: is_aligned", "softmax_loss.cu: cudaError_t scale"
+
+MUTANTS = [
+    # Barriers
+    Mutant("lanes: no barrier", LANES, {"__syncthreads();": ""}, "lanes_4", RESULT),
+    Mutant("clusters: no first barrier", CLUSTERS, {"cluster_sync();": ""}, "cluster_2", NOT_STARTED),
+    Mutant("clusters: no first barrier, one block", CLUSTERS, {"cluster_sync();": ""}, "cluster_1_bias", RESULT),
+    Mutant(
+        "clusters: only blocks meet first",
+        CLUSTERS,
+        {"cluster_sync();": "__syncthreads();"},
+        "cluster_2_bias",
+        NOT_STARTED,
+    ),
+    Mutant("clusters: no barrier of warps", CLUSTERS, {"__syncthreads();#0": ""}, "cluster_1", RESULT),
+    Mutant(
+        "clusters: no barrier of blocks", CLUSTERS, {"cluster_sync(warp == 0)": NOTHING}, "cluster_2_bias", TOO_EARLY
+    ),
+    Mutant(
+        "clusters: only threads of a block meet",
+        CLUSTERS,
+        {"cluster_sync(warp == 0)": "__syncthreads()"},
+        "cluster_2_bias",
+        TOO_EARLY,
+    ),
+    Mutant(
+        "clusters: nobody publishes",
+        CLUSTERS,
+        {"cluster_sync(warp == 0)": "cluster_sync(false)"},
+        "cluster_2_bias",
+        RACE,
+        "thread",
+    ),
+    Mutant(
+        "clusters: another warp publishes",
+        CLUSTERS,
+        {"cluster_sync(warp == 0)": "cluster_sync(warp == 1)"},
+        "cluster_2_bias",
+        RACE,
+        "thread",
+    ),
+    Mutant("clusters: no barrier of the gradient", CLUSTERS, {"__syncthreads();#1": ""}, "cluster_1", RESULT),
+    Mutant("clusters: one buffer", CLUSTERS, {"parity ^= 1;": ""}, "cluster_2_bias", RESULT),
+    Mutant("sweeps: no barrier of warps", SWEEPS, {"__syncthreads();#0": ""}, "sweeps_weights", RESULT),
+    Mutant("sweeps: no barrier of the gradient", SWEEPS, {"__syncthreads();#1": ""}, "sweeps_weights", RESULT),
+    Mutant("sum: no barrier", "softmax_loss.cu: sum_over_block", {"__syncthreads();": ""}, "sum_of_few", RESULT),
+    # Who shares a row
+    Mutant(
+        "lanes: maximum over too many",
+        LANES,
+        {"max_over_lanes(tile.highest(), lanes)": "max_over_lanes(tile.highest(), kWarp)"},
+        "lanes_2",
+        RESULT,
+    ),
+    Mutant(
+        "lanes: sums over too many",
+        LANES,
+        {"add_over_lanes<weighted>(tile.sums(highest), lanes)": "add_over_lanes<weighted>(tile.sums(highest), kWarp)"},
+        "lanes_2",
+        RESULT,
+    ),
+    Mutant(
+        "lanes: some leave early",
+        LANES,
+        {"tile.mask();": "if (place.row >= rows.count) continue; tile.mask();"},
+        "lanes_2",
+        r"error: (lane \d+ of the mask has exited|deadlock)",
+    ),
+    Mutant(
+        "a sum over the wrong lanes",
+        "row_reduce.cuh: sum_over_lanes",
+        {"distance#3": "distance / 2"},
+        "lanes_16",
+        RESULT,
+    ),
+    Mutant(
+        "a maximum over half the lanes",
+        "row_reduce.cuh: max_over_lanes",
+        {"lanes / 2": "lanes / 4"},
+        "lanes_16",
+        RESULT,
+    ),
+    Mutant(
+        "a lane outside its mask",
+        "row_reduce.cuh: sum_over_lanes",
+        {"kAllLanes": "0xffffu"},
+        "lanes_2",
+        r"error: a lane outside its mask 0xffff",
+    ),
+    Mutant(
+        "clusters: a rank that is none",
+        CLUSTERS,
+        {"lane < blocks#0": "lane <= blocks"},
+        "cluster_2_bias",
+        r"error: no block 2 in a cluster of 2",
+    ),
+    Mutant(
+        "clusters: to itself alone",
+        CLUSTERS,
+        {"static_cast<unsigned>(lane)": "static_cast<unsigned>(rank)"},
+        "cluster_2_bias",
+        RESULT,
+    ),
+    Mutant(
+        "clusters: pulled, not pushed",
+        CLUSTERS,
+        {
+            f"remote({MINE}, static_cast<unsigned>(lane))": MINE,
+            "of_blocks[lane]": "*remote(&of_blocks[lane], static_cast<unsigned>(lane))",
+        },
+        "cluster_2_bias",
+        EXITED,
+    ),
+    Mutant(
+        "clusters: more blocks than there are",
+        CLUSTERS,
+        {"lane < blocks#1": "true"},
+        "cluster_2_bias",
+        RESULT + "|" + BEYOND,
+    ),
+    Mutant("clusters: more warps than there are", CLUSTERS, {"lane < warps": "true"}, "cluster_1", INDEX),
+    Mutant("sweeps: more warps than there are", SWEEPS, {"lane < warps": "true"}, "sweeps_weights", INDEX),
+    Mutant(
+        "clusters: a stretch read twice", CLUSTERS, {"rank * stretch#0": "rank / 2 * stretch"}, "cluster_2_bias", RESULT
+    ),
+    Mutant("clusters: another stretch of the bias", CLUSTERS, {"rank * stretch#1": "0"}, "cluster_2_bias", RESULT),
+    Mutant(
+        "clusters: every block writes the loss",
+        CLUSTERS,
+        {"rank == 0 && lane == 0": "lane == 0"},
+        "cluster_2_bias",
+        RACE,
+        "thread",
+    ),
+    Mutant(
+        "clusters: rows left out",
+        CLUSTERS,
+        {"static_cast<int>(gridDim.x) / blocks": "static_cast<int>(gridDim.x)"},
+        "cluster_2_bias",
+        RESULT,
+    ),
+    Mutant(
+        "sweeps: a piece left out",
+        SWEEPS,
+        {"(rows.classes + length - 1) / length": "rows.classes / length"},
+        "sweeps",
+        RESULT,
+    ),
+    Mutant("sweeps: pieces overlap", SWEEPS, {"index * length": "index * (length - 4)"}, "sweeps", RESULT),
+    Mutant("again: an item too many", AGAIN, {"item < items": "item <= items"}, "again_1", BEYOND),
+    Mutant("again: another piece", AGAIN, {"item % pieces": "0"}, "again_256", RESULT),
+    Mutant("again: the target is read by all", AGAIN, {"owns_target#1": "true"}, "again_8", RACE, "thread"),
+    Mutant(
+        "sum: every thread writes it",
+        "softmax_loss.cu: sum_stretches",
+        {"if (threadIdx.x != 0) return;": ""},
+        "sum_of_few",
+        RACE,
+        "thread",
+    ),
+    # The target
+    Mutant(
+        "the target stays in the rest",
+        "rows.cuh: bool exclude",
+        {"packs_[i].set(k, mask_number<S>());": ""},
+        "lanes_4",
+        RESULT,
+    ),
+    Mutant(
+        "the target is looked for in one column of a pack",
+        "vector.cuh: may_hold",
+        {"width * step": "step"},
+        "lanes_4",
+        RESULT,
+    ),
+    Mutant("lanes: no gradient of the target", LANES, STORE_TARGET, "lanes_4", RESULT),
+    Mutant("clusters: no gradient of the target", CLUSTERS, STORE_TARGET, "cluster_1", RESULT),
+    Mutant("sweeps: no gradient of the target", SWEEPS, STORE_TARGET, "sweeps", RESULT),
+    Mutant("again: no gradient of the target", AGAIN, STORE_TARGET, "again_8", RESULT),
+    Mutant(
+        "clusters: the target is read when it may be overwritten",
+        CLUSTERS,
+        {
+            "if (warp == 0) target = load_target(rows, place);": "",
+            FINISH.format("target"): FINISH.format("load_target(rows, place)"),
+        },
+        "cluster_2_bias",
+        RESULT,
+    ),
+    Mutant("a target that is none", "rows.cuh: place_of", {"target < rows.classes": "true"}, "lanes_2", RESULT),
+    Mutant("a row that is none", "rows.cuh: place_of", {"row >= rows.count": "false"}, "lanes_2", BEYOND),
+    Mutant(
+        "a weight of a class that is none",
+        "softmax_loss.cu: sum_weights",
+        {"label >= classes": "false"},
+        "weight_sums_of_classes",
+        r"AddressSanitizer",
+    ),
+    # Beyond the ends
+    Mutant(
+        "packs: read beyond",
+        "vector.cuh: load_pack",
+        {"column < columns.end": "column <= columns.end"},
+        "lanes_32",
+        BEYOND,
+    ),
+    Mutant(
+        "packs: read beyond, unaligned",
+        "vector.cuh: load_pack",
+        {"column < apart.end": "column <= apart.end"},
+        "lanes_2",
+        BEYOND,
+    ),
+    Mutant(
+        "packs: written beyond",
+        "vector.cuh: store_pack",
+        {"column < columns.end": "column <= columns.end"},
+        "scale_8",
+        BEYOND,
+    ),
+    Mutant(
+        "packs: written beyond, unaligned",
+        "vector.cuh: store_pack",
+        {"column < apart.end": "column <= apart.end"},
+        "scale_odd",
+        BEYOND,
+    ),
+    Mutant(
+        "vectors: read beyond, unaligned",
+        "vector.cuh: load_values",
+        {"column < apart.end": "column <= apart.end"},
+        "again_unaligned_weights",
+        BEYOND,
+    ),
+    Mutant("staged: read beyond", "rows.cuh: stage", {"column < rows.classes": "true"}, "lanes_2", BEYOND),
+    Mutant("staged: no padding", LANES, {"lanes * kLanePacks * Pack<S>::width": "rows.classes"}, "lanes_2", BEYOND),
+    Mutant(
+        "staged: one too few",
+        "rows.cuh: stage",
+        {"static_cast<unsigned>(stretch)#0": "static_cast<unsigned>(stretch - 1)"},
+        "lanes_4",
+        BEYOND,
+    ),
+    Mutant(
+        "staged: one over the other",
+        "rows.cuh: stage",
+        {"offset += static_cast<unsigned>(stretch) * sizeof(T);": ""},
+        "lanes_16",
+        RESULT,
+    ),
+    Mutant(
+        "staged: as far as the row is",
+        "vector.cuh: void load",
+        {"apart.template of<width>(pack, k) - apart.first": "apart.template of<width>(pack, k)"},
+        "cluster_8_odd",
+        BEYOND,
+    ),
+    Mutant(
+        "staged: the launch asks for too little",
+        "rows.cuh: staged_bytes",
+        {"static_cast<unsigned>(stretch)": "static_cast<unsigned>(stretch - 1)"},
+        "lanes_4",
+        r"error: bytes \d+ to \d+ of the \d+ that the launch asked for",
+    ),
+    Mutant(
+        "sum: beyond",
+        "softmax_loss.cu: sum_stretches",
+        {"min(first + kStretch, n)": "first + kStretch"},
+        "sum_of_few",
+        BEYOND,
+    ),
+    Mutant(
+        "sum: more warps than there are",
+        "softmax_loss.cu: sum_over_block",
+        {"lane < kThreads / kWarp": "true"},
+        "sum_of_few",
+        INDEX,
+    ),
+    Mutant(
+        "weight sums: beyond",
+        "softmax_loss.cu: sum_weights",
+        {"min(first + kStretch, rows)": "first + kStretch"},
+        "weight_sums_count",
+        BEYOND,
+    ),
+    # What is no vector
+    *(
+        Mutant(f"unaligned {name}", ALIGNED, {text: "true"}, case, found)
+        for name, text, case, found in [
+            ("width", "rows.classes % width == 0", "lanes_8", BEYOND),
+            ("rows", "rows.stride % width == 0", "lanes_strided", MISALIGNED),
+            ("rows of the gradient", "gradient_stride % width == 0", "lanes_gradient_strided", MISALIGNED),
+            ("logits", "at_packs(rows.logits)", "lanes_offset", MISALIGNED),
+            ("gradient", "at_packs(d_logits)", "lanes_gradient_offset", MISALIGNED),
+            ("probabilities", "at_packs(rows.probabilities)", "lanes_8_unaligned_probabilities", MISALIGNED),
+            ("factor", "at_packs(rows.factor)", "again_circle", MISALIGNED),
+            ("bias", "at_packs(rows.bias)", "sweeps_unaligned_bias", MISALIGNED),
+            ("class weights", "at_packs(rows.class_weight)", "again_unaligned_weights", MISALIGNED),
+        ]
+    ),
+    Mutant(
+        "scale: unaligned gradient",
+        SCALE,
+        {"reinterpret_cast<std::uintptr_t>(gradient) % 16 == 0": "true"},
+        "scale_offset",
+        MISALIGNED,
+    ),
+    Mutant("scale: unaligned rows", SCALE, {"stride % Pack<S>::width == 0": "true"}, "scale_strided", MISALIGNED),
+    Mutant("scale: unaligned width", SCALE, {"classes % Pack<S>::width == 0": "true"}, "scale_narrow", BEYOND),
+    # Offsets of 32 bits
+    *(
+        Mutant(
+            f"{place}: 32 bits",
+            place,
+            {text: re.sub(r"(.+) \* (.+)", r"static_cast<int>(\1) * static_cast<int>(\2)", text)},
+            case,
+            OVERFLOW,
+        )
+        for place, text, case in [
+            ("rows.cuh: load_target", "place.row * rows.stride", "lanes_far"),
+            ("rows.cuh: void load", "place.row * rows_.stride", "lanes_far"),
+            (LANES, "place.row * results.gradient_stride", "lanes_far"),
+            (CLUSTERS, "row * results.gradient_stride", "cluster_1_far"),
+            (SWEEPS, "row * results.gradient_stride", "sweeps_far"),
+            (AGAIN, "place.row * gradient_stride", "again_far"),
+            ("softmax_loss.cu: scale_rows", "(item / pieces) * stride", "scale_far"),
+        ]
+    ),
+    # Sums
+    Mutant(
+        "joined: totals of different shifts", "row_reduce.cuh: raised", {"total * factor": "total"}, "sweeps", RESULT
+    ),
+    Mutant(
+        "joined: logits of different shifts",
+        "row_reduce.cuh: raised",
+        {"(shift_of(highest) - shift) * weight_sum": "T(0)"},
+        "sweeps_weights",
+        RESULT,
+    ),
+    Mutant(
+        "joined: lanes not raised",
+        "row_reduce.cuh: join_lanes",
+        {"of_lane.raised(max_over_lanes(of_lane.highest, lanes))": "of_lane"},
+        "sweeps_weights",
+        RESULT,
+    ),
+    Mutant(
+        "sweeps: pieces not raised",
+        SWEEPS,
+        {f"sums = sums.raised({HIGHEST});": f"sums.highest = {HIGHEST};"},
+        "sweeps",
+        RESULT,
+    ),
+    Mutant(
+        "everything masked: the shift is infinite",
+        "row_reduce.cuh: shift_of",
+        {"highest == -infinity<T>()": "false"},
+        "lanes_1_one_class",
+        RESULT,
+    ),
+]
+
+
+def span(text, function, wanted):
+    """Where `wanted` is in a function; "#1" after it says that of several it is the second."""
+    wanted, _, number = wanted.partition("#")
+    start = text.find(f"{function}(")
+    found = [start + match.start() for match in re.finditer(re.escape(wanted), text[start : text.find("\n}", start)])]
+    assert len(found) == 1 or (number and int(number) < len(found)), f"{wanted} is {len(found)} times in {function}"
+    begin = found[int(number or 0)]
+    return begin, begin + len(wanted)
+
+
+def write_mutants(cuda):
+    """Put all mutants into the sources, each behind its number: an edit becomes two insertions, so that they nest."""
+    insertions = {}
+    for number, mutant in enumerate(MUTANTS, 1):
+        file, _, function = mutant.place.partition(": ")
+        text = (cuda / file).read_text()
+        for wanted, instead in mutant.edits.items():
+            try:
+                begin, end = span(text, function, wanted)
+            except AssertionError:
+                continue  # its own test says so
+            before, after = f"(mutant == {number} ? {instead} : ", ")"
+            if text[end - 1] == ";":
+                before, after = f"if (mutant == {number}) {{ {instead} }} else {{ ", " }"
+            at = insertions.setdefault(cuda / file, [])
+            at.append((begin, "opens", -end, number, before))
+            at.append((end, "closes", -begin, -number, after))
+    for path, at in insertions.items():
+        text = path.read_text()
+        for position, *_, inserted in sorted(at, reverse=True):  # what closes there comes before what opens
+            text = text[:position] + inserted + text[position:]
+        path.write_text(text)
+
+
+def test_every_barrier_has_its_mutant():
+    for path in (build.CSRC / "cuda" / "softmax_loss.cu", build.CSRC / "cuda" / "softmax_loss.cuh"):
+        text = path.read_text()
+        barriers = {match.start() for match in re.finditer(r"__syncthreads\(\)|cluster_sync\(", text)}
+        begins = set()
+        for mutant in MUTANTS:
+            file, _, function = mutant.place.partition(": ")
+            if file == path.name:
+                begins |= {span(text, function, wanted)[0] for wanted in mutant.edits}
+        assert barriers <= begins
+
+
+@pytest.fixture(scope="session")
+def mutants(tmp_path_factory):
+    """Compile all mutants for a sanitizer."""
+    build.require()
+    copy = tmp_path_factory.mktemp("mutants")
+    shutil.copytree(build.CSRC, copy / "csrc", ignore=shutil.ignore_patterns("cpu"))
+    write_mutants(copy / "csrc" / "cuda")
+    header = copy / "mutant.h"
+    header.write_text('#include <cstdlib>\ninline const int mutant = std::atoi(std::getenv("MUTANT"));\n')
+
+    def program(sanitizer):
+        flags = [*build.SANITIZERS[sanitizer], *FLAGS, "-DFLOAT32_ALONE", "-include", header]
+        output = build.session_folder(tmp_path_factory) / f"mutants_{sanitizer}"
+        return build.compile_once(sources(copy / "csrc" / "cuda", ["float32"]), output, flags)
+
+    return program
+
+
+def test_without_a_mutant_all_is_right(mutants):
+    cases = sorted({mutant.case for mutant in MUTANTS})
+    code, output = run(mutants("address"), orders=2, cases=cases, MUTANT="0")
+    assert (code, output) == (0, f"{len(cases)} cases are right\n")
+
+
+@pytest.mark.parametrize("number", range(1, len(MUTANTS) + 1), ids=[mutant.name for mutant in MUTANTS])
+def test_mutants_are_found(mutants, number):
+    mutant = MUTANTS[number - 1]
+    file, _, function = mutant.place.partition(": ")
+    for wanted in mutant.edits:
+        span((build.CSRC / "cuda" / file).read_text(), function, wanted)
+    orders = 2 if mutant.sanitizer == "address" else 0
+    code, output = run(mutants(mutant.sanitizer), orders, [mutant.case], MUTANT=str(number))
+    assert code != 0, output
+    assert re.search(mutant.found, output, re.MULTILINE), output
