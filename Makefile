@@ -50,7 +50,7 @@ test: venv  ## run the tests (TEST_ARGS="-k focal")
 	$(if $(TEST_ARGS),,$(MAKE) test-emulated)
 
 test-emulated: venv  ## run the tables of tests with the CUDA kernels on the CPU (needs nvcc, for its headers)
-	$(PY) tests/emulation/tables.py $(VENV)/emulated.so $(PYTEST_ARGS)
+	PYTHONPATH=tests $(PY) -m emulation.tables $(VENV)/emulated.so $(PYTEST_ARGS)
 
 test-full: venv  ## run the tests on many more random cases
 	$(PY) -m pytest -q $(PYTEST_ARGS) --hypothesis-profile=full $(TEST_ARGS)

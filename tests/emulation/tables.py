@@ -1,6 +1,6 @@
 """Runs the tables of tests with impl="cuda" on the CPU, emulated, under the address and undefined-behaviour sanitizers.
 
-    python tests/emulation/tables.py LIBRARY [arguments for pytest]
+    PYTHONPATH=tests python -m emulation.tables LIBRARY [arguments for pytest]
 
 LIBRARY is made of csrc/cuda and csrc/bindings.cpp, where it is older than they are.
 """
@@ -12,9 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from emulation import build
 from torch.utils import cpp_extension
-
-import build
 
 TESTS = build.EMULATION.parent
 TABLES = [
