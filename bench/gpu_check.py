@@ -44,7 +44,7 @@ chosen = ik.implementation.choose(None if impl == "None" else impl, torch.empty(
 sys.exit(0 if chosen == "cuda" else f"{chosen} kernels would run, not the CUDA ones")
 """
 SANITIZED = "not run: no compute-sanitizer in the toolkit or on PATH"
-NOT_EMULATED = "not run: IMBALANCE_KERNELS_EMULATED names no emulation of the CUDA kernels"
+NOT_EMULATED = "not run: no emulation of the CUDA kernels (make test-emulated builds one)"
 
 
 @dataclass

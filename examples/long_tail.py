@@ -181,7 +181,7 @@ def run(folder: Path | None, imbalance_factor: int, seeds: int | None, device: t
     results = {method.name: Result() for method in METHODS}
     results[POST_HOC] = Result()
     log_prior = torch.log(data.class_counts / data.class_counts.sum())
-    with tqdm(total=seeds * len(METHODS) * schedule.steps, unit="step", dynamic_ncols=True) as progress:
+    with tqdm(total=seeds * len(METHODS) * schedule.steps, unit="step", dynamic_ncols=True, disable=None) as progress:
         for seed in range(seeds):
             data = load_images(folder, imbalance_factor, seed).to(device)
             for method in METHODS:

@@ -216,7 +216,7 @@ def run(num_rows: int, steps: int, device: torch.device) -> dict:
     copy = WarmCopy(num_rows, num_tokens, device)
     windows = tokens.unfold(0, CONTEXT + 1, 1)  # (number of tokens - CONTEXT, CONTEXT + 1)
     generator = torch.Generator().manual_seed(0)
-    for _ in tqdm(range(steps), desc="three losses in turn", unit="step", dynamic_ncols=True):
+    for _ in tqdm(range(steps), desc="three losses in turn", unit="step", dynamic_ncols=True, disable=None):
         batch = windows[torch.randint(len(windows), (num_rows,), generator=generator)].to(device)
         for trainee in trainees.values():
             trainee.step(batch[:, :-1], batch[:, -1], memory, now)

@@ -56,16 +56,16 @@ def _cuda_serves(device: torch.device) -> bool:
 def _targets_serve(targets: str, major: int, minor: int) -> bool:
     """Return whether one of nvcc's targets serves a GPU of this compute capability.
 
-    A binary (sm_86) serves its generation from its own capability on, PTX (compute_86) also later generations, either
-    with an "a" (sm_90a) no other.
+    A binary (sm_86) serves its generation from its own capability on, PTX (compute_86) also later generations, but
+    with an "f" (compute_100f) not these, and with an "a" (sm_90a) no other.
     """
     for target in targets.split():
         kind, _, number = target.partition("_")
         built = int(number.rstrip("af"))
-        generation, exact = built // 10, number.endswith("a")
+        generation, exact, family = built // 10, number.endswith("a"), number.endswith("f")
         if built == 10 * major + minor:
             return True
-        if built < 10 * major + minor and not exact and (kind == "compute" or generation == major):
+        if built < 10 * major + minor and not exact and (generation == major or (kind == "compute" and not family)):
             return True
     return False
 

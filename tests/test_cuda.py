@@ -18,7 +18,7 @@ from imbalance_kernels.functional import softmax_loss, target_and_rest
 pytestmark = pytest.mark.skipif(not EMULATED, reason="make test-emulated runs the CUDA kernels")
 
 # Numbers of 16 bytes. A row takes 1 to 32 lanes with 4 packs each; then 1 to 16 blocks of at most 256 threads with 8
-# packs each; then it is swept by 512 threads with 4 packs each at a time.
+# packs each; then it is swept by up to 1024 threads with 4 packs each at a time.
 PACK = {torch.float32: 4, torch.bfloat16: 8, torch.float16: 8, torch.float64: 2}
 BOUNDARIES = {
     "a lane": 4,

@@ -123,6 +123,7 @@ def test_show_config_says_what_was_built(capsys, monkeypatch):
         "sm_86 sm_90": ["8.6", "8.9", "9.0"],
         "sm_80 sm_90 sm_100 compute_100": ["8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0"],
         "compute_90": ["9.0", "10.0", "10.3", "12.0"],
+        "compute_100f": ["10.0", "10.3"],
         "sm_90a compute_100a": ["9.0", "10.0"],
     }.items(),
 )

@@ -106,19 +106,6 @@ struct Shape {
   unsigned shared_memory;
 };
 
-template <class... Parameters>
-cudaError_t prepare(void (*kernel)(Parameters...), const Shape& shape) {
-  const auto* function = reinterpret_cast<const void*>(kernel);
-  if (shape.shared_memory > (48 << 10)) {
-    const auto bytes = static_cast<int>(shape.shared_memory);
-    if (const cudaError_t e = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) {
-      return e;
-    }
-  }
-  if (shape.cluster > 8) return cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  return cudaSuccess;
-}
-
 inline cudaLaunchConfig_t configuration(const Shape& shape, cudaStream_t stream, cudaLaunchAttribute* attribute) {
   *attribute = {};
   attribute->id = cudaLaunchAttributeClusterDimension;
@@ -133,13 +120,23 @@ inline cudaLaunchConfig_t configuration(const Shape& shape, cudaStream_t stream,
   return config;
 }
 
-// Launches a kernel; arguments are converted to its parameters.
+// Launches a kernel; arguments are converted to its parameters. Clusters, and more shared memory than any kernel may
+// have, need resident_clusters() before.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), const Shape& shape, cudaStream_t stream, Arguments... arguments) {
-  if (const cudaError_t error = prepare(kernel, shape)) return error;
   cudaLaunchAttribute attribute;
   const cudaLaunchConfig_t config = configuration(shape, stream, &attribute);
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
+// Lets a kernel have all of a block's shared memory, and clusters of every size.
+inline cudaError_t unlock(const void* function, const cudaFuncAttributes& attributes, const Device& device) {
+  const int dynamic = device.shared_memory - static_cast<int>(attributes.sharedSizeBytes);
+  if (const auto error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, dynamic)) {
+    return error;
+  }
+  if (!device.has_clusters) return cudaSuccess;
+  return cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
 }
 
 // How many clusters of this shape the current device runs at a time; 0 where it cannot run one. Asked once of each
@@ -150,32 +147,39 @@ cudaError_t resident_clusters(void (*kernel)(Parameters...), const Shape& shape,
   int index = 0;
   if (const cudaError_t error = cudaGetDevice(&index)) return error;
   static thread_local std::map<std::tuple<const void*, int, unsigned, unsigned, unsigned>, int> known;
-  const auto [found, is_new] =
-      known.try_emplace({function, index, shape.threads, shape.cluster, shape.shared_memory}, 0);
-  if (is_new) {
-    cudaFuncAttributes attributes;
-    cudaError_t error = cudaFuncGetAttributes(&attributes, function);
-    // Compiled for compute capability 8 and run on a later one, a kernel takes each block for a cluster (above).
-    if (error == cudaSuccess && shape.cluster > 1 && attributes.ptxVersion < 90) error = cudaErrorInvalidClusterSize;
-    if (error == cudaSuccess) error = prepare(kernel, shape);
-    if (error == cudaSuccess && shape.cluster > 1) {
-      cudaLaunchAttribute attribute;
-      const cudaLaunchConfig_t config =
-          configuration({shape.cluster, shape.threads, shape.cluster, shape.shared_memory}, nullptr, &attribute);
-      error = cudaOccupancyMaxActiveClusters(&found->second, kernel, &config);
-    } else if (error == cudaSuccess) {
-      Device device;
-      if (const cudaError_t failed = current_device(&device)) return failed;
-      error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&found->second, kernel, static_cast<int>(shape.threads),
-                                                            shape.shared_memory);
-      found->second *= device.multiprocessors;
-    }
-    if (error != cudaSuccess) {  // this device has no such clusters
-      cudaGetLastError();
-      found->second = 0;
+  const std::tuple key{function, index, shape.threads, shape.cluster, shape.shared_memory};
+  if (const auto found = known.find(key); found != known.end()) {
+    *clusters = found->second;
+    return cudaSuccess;
+  }
+  Device device;
+  if (const cudaError_t error = current_device(&device)) return error;
+  cudaFuncAttributes attributes;
+  if (const cudaError_t error = cudaFuncGetAttributes(&attributes, function)) return error;
+  if (const cudaError_t error = unlock(function, attributes, device)) return error;
+  if (shape.cluster == 1) {
+    const auto threads = static_cast<int>(shape.threads);
+    const cudaError_t error =
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(clusters, kernel, threads, shape.shared_memory);
+    if (error != cudaSuccess) return error;
+    *clusters *= device.multiprocessors;
+  } else if (attributes.ptxVersion < 90) {
+    *clusters =
+        0;  // compiled for compute capability 8 and run on a later one, it takes each block for a cluster (above)
+  } else {
+    cudaLaunchAttribute attribute;
+    const Shape one{shape.cluster, shape.threads, shape.cluster, shape.shared_memory};
+    const cudaLaunchConfig_t config = configuration(one, nullptr, &attribute);
+    const cudaError_t error = cudaOccupancyMaxActiveClusters(clusters, kernel, &config);
+    if (error == cudaErrorInvalidClusterSize || error == cudaErrorInvalidConfiguration ||
+        error == cudaErrorInvalidValue) {
+      cudaGetLastError();  // an answer: not on this device
+      *clusters = 0;
+    } else if (error != cudaSuccess) {
+      return error;
     }
   }
-  *clusters = found->second;
+  known[key] = *clusters;
   return cudaSuccess;
 }
 

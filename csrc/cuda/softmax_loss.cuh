@@ -57,6 +57,7 @@ __global__ void __launch_bounds__(kLaneThreads)
     }
     const Target<T> target = load_target(rows, place);
     const bool owns_target = tile.exclude(place.target);
+    __syncwarp();  // in place: all lanes have read the target before its owner overwrites it
     const T highest = max_over_lanes(tile.highest(), lanes);
     const RowSums<T> sums = add_over_lanes<weighted>(tile.sums(highest), lanes);
     if (place.row >= rows.count) continue;
@@ -314,7 +315,7 @@ inline int lanes_for(int numbers, int per_lane, int most) {
 
 // Whole warps that share so many numbers.
 inline int threads_for(int numbers, int per_thread, int most) {
-  return std::min(most, ceiling(ceiling(numbers, per_thread), kWarp) * kWarp);
+  return std::clamp(ceiling(ceiling(numbers, per_thread), kWarp) * kWarp, kWarp, most);
 }
 
 constexpr cudaError_t kNoSuchCluster = cudaErrorInvalidClusterSize;
@@ -368,7 +369,7 @@ cudaError_t launch_in_sweeps(const Rows<S>& rows, const Results<S>& results, boo
   constexpr int per_thread = kSweepPacks * Pack<S>::width;
   std::int64_t work = rows.count;
   if (results.d_logits != nullptr) {  // so few rows at a time that the cache holds them until they are read again
-    const auto row_bytes = static_cast<double>(rows.classes) * sizeof(S);
+    const auto row_bytes = std::max(1.0, static_cast<double>(rows.classes) * sizeof(S));
     work = std::min<std::int64_t>(
         work, std::max(device.multiprocessors / 2, static_cast<int>(kCacheShare * device.cache / row_bytes)));
     work = std::max<std::int64_t>(work, 1);
