@@ -7,26 +7,10 @@
 
 #include <type_traits>
 
+#include "../halves.h"
 #include "simd.h"
 
 namespace imbalance::cpu {
-
-struct BFloat16 {
-  std::uint16_t bits;
-};
-struct Float16 {
-  std::uint16_t bits;
-};
-
-// Statistics are float, or double where the logits are.
-template <class S>
-struct AccumulateOf {
-  using type = float;
-};
-template <>
-struct AccumulateOf<double> {
-  using type = double;
-};
 
 template <class L>
 IMBALANCE_INLINE L load(const typename L::Scalar* p) {

@@ -3,26 +3,11 @@
 
 #include <cstdint>
 
+#include "../halves.h"
 #include "device.cuh"
 
 namespace imbalance::cuda {
 
-struct BFloat16 {
-  std::uint16_t bits;
-};
-struct Float16 {
-  std::uint16_t bits;
-};
-
-// Statistics are float, or double where the logits are.
-template <class S>
-struct AccumulateOf {
-  using type = float;
-};
-template <>
-struct AccumulateOf<double> {
-  using type = double;
-};
 template <class S>
 using Accumulate = typename AccumulateOf<S>::type;
 
