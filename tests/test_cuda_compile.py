@@ -17,13 +17,13 @@ import triton
 
 SOURCES = sorted((Path(__file__).parent.parent / "csrc/cuda").glob("*.cu"))
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
-KERNELS = ("rows_in_lanes", "rows_over_clusters", "rows_in_sweeps", "rows_again")
+KERNELS = ("rows_in_lanes", "rows_over_clusters", "rows_in_sweeps", "rows_in_pieces")
 MAPS = ("plain", "affine", "general")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
-THREADS = {"rows_in_lanes": 128, "rows_over_clusters": 256, "rows_in_sweeps": 1024, "rows_again": 256}
-BLOCKS = {"rows_in_lanes": 7, "rows_over_clusters": 2, "rows_in_sweeps": 1, "rows_again": 3}  # of a multiprocessor
-PACKS = {"rows_in_lanes": 4, "rows_over_clusters": 8, "rows_in_sweeps": 4, "rows_again": 4}  # of 16 bytes, a thread
+THREADS = {"rows_in_lanes": 128, "rows_over_clusters": 256, "rows_in_sweeps": 1024, "rows_in_pieces": 256}
+BLOCKS = {"rows_in_lanes": 7, "rows_over_clusters": 2, "rows_in_sweeps": 1, "rows_in_pieces": 3}  # of a multiprocessor
+PACKS = {"rows_in_lanes": 4, "rows_over_clusters": 8, "rows_in_sweeps": 4, "rows_in_pieces": 4}  # of 16 bytes, a thread
 
 SPILLED = 128  # bytes a thread that kernels beyond the main ones may spill
 # Instructions for each number of a bfloat16 or float32 row, in one trip: loaded, its maximum, its exponential twice,
@@ -94,7 +94,7 @@ def dtype_of(source: Path) -> str:
 def test_compiles_without_spills(compiled, source, architecture):
     _, kernels = compiled(source, architecture)
     names = {kernel.name for kernel in kernels}
-    expected = {"loss": set(), "float64": {"rows_in_sweeps", "rows_again"}}
+    expected = {"loss": set(), "float64": {"rows_in_sweeps", "rows_in_pieces"}}
     assert names == expected.get(dtype_of(source), set(KERNELS))
     for kernel in kernels:
         threads = THREADS[kernel.name]
@@ -164,7 +164,7 @@ def test_machine_code(compiled, dtype):
             continue
         packs, numbers = PACKS[name], PACKS[name] * 16 // bytes_of_number
         code = [instruction for _, instruction in function]
-        exponentials = 1 if name == "rows_again" else 2
+        exponentials = 1 if name == "rows_in_pieces" else 2
         # A row is loaded and its gradient stored by packs; `fill` stores zeros by packs too. The one narrow store is
         # the target's. The first of two sweeps asks the caches to keep what it loads (and loads class vectors alike).
         assert count(r"LDG\S*\.EF\.128", code) == packs, (name, mapping)

@@ -45,7 +45,7 @@ def test_every_kernel_in_every_order(tmp_path_factory):
 # Few and small, for ThreadSanitizer: every kernel, every barrier, in place.
 RACES = [
     *("lanes_2", "lanes_4", "lanes_16", "cluster_1", "cluster_1_odd", "cluster_2_bias", "sweeps_weights"),
-    *("sweeps_in_place", "again_8", "scale_8", "sum_of_few", "weight_sums_of_samples"),
+    *("sweeps_in_place", "pieces_8", "scale_8", "sum_of_few", "weight_sums_of_samples"),
 ]
 
 
@@ -79,7 +79,7 @@ TOO_EARLY = f"{RESULT}|{EXITED}"
 NOTHING = "(void)0"
 
 LANES, CLUSTERS = "softmax_loss.cuh: rows_in_lanes", "softmax_loss.cuh: rows_over_clusters"
-SWEEPS, AGAIN = "softmax_loss.cuh: rows_in_sweeps", "softmax_loss.cuh: rows_again"
+SWEEPS, PIECES = "softmax_loss.cuh: rows_in_sweeps", "softmax_loss.cuh: rows_in_pieces"
 STORE_TARGET = {"if (owns_target) store_number(d_row + place.target, gradient.target);": ""}
 MINE = "&sums_of_blocks[parity * kLargestCluster + rank]"
 FINISH = "finish(results, place, {}, sums, rank == 0 && lane == 0)"
@@ -233,9 +233,9 @@ MUTANTS = [
         RESULT,
     ),
     Mutant("sweeps: pieces overlap", SWEEPS, {"index * length": "index * (length - 4)"}, "sweeps", RESULT),
-    Mutant("again: an item too many", AGAIN, {"item < items": "item <= items"}, "again_1", BEYOND),
-    Mutant("again: another piece", AGAIN, {"item % pieces": "0"}, "again_256", RESULT),
-    Mutant("again: the target is read by all", AGAIN, {"owns_target#1": "true"}, "again_8", RACE, "thread"),
+    Mutant("pieces: an item too many", PIECES, {"item < items": "item <= items"}, "pieces_1", BEYOND),
+    Mutant("pieces: another piece", PIECES, {"item % pieces": "0"}, "pieces_256", RESULT),
+    Mutant("pieces: the target is read by all", PIECES, {"owns_target#1": "true"}, "pieces_8", RACE, "thread"),
     Mutant(
         "sum: every thread writes it",
         "softmax_loss.cu: sum_stretches",
@@ -262,7 +262,7 @@ MUTANTS = [
     Mutant("lanes: no gradient of the target", LANES, STORE_TARGET, "lanes_4", RESULT),
     Mutant("clusters: no gradient of the target", CLUSTERS, STORE_TARGET, "cluster_1", RESULT),
     Mutant("sweeps: no gradient of the target", SWEEPS, STORE_TARGET, "sweeps", RESULT),
-    Mutant("again: no gradient of the target", AGAIN, STORE_TARGET, "again_8", RESULT),
+    Mutant("pieces: no gradient of the target", PIECES, STORE_TARGET, "pieces_8", RESULT),
     Mutant(
         "clusters: the target is read when it may be overwritten",
         CLUSTERS,
@@ -315,7 +315,7 @@ MUTANTS = [
         "vectors: read beyond, unaligned",
         "vector.cuh: load_values",
         {"column < apart.end": "column <= apart.end"},
-        "again_unaligned_weights",
+        "pieces_unaligned_weights",
         BEYOND,
     ),
     Mutant("staged: read beyond", "rows.cuh: stage", {"column < rows.classes": "true"}, "lanes_2", BEYOND),
@@ -379,9 +379,9 @@ MUTANTS = [
             ("logits", "at_packs(rows.logits)", "lanes_offset", MISALIGNED),
             ("gradient", "at_packs(d_logits)", "lanes_gradient_offset", MISALIGNED),
             ("probabilities", "at_packs(rows.probabilities)", "lanes_8_unaligned_probabilities", MISALIGNED),
-            ("factor", "at_packs(rows.factor)", "again_circle", MISALIGNED),
+            ("factor", "at_packs(rows.factor)", "pieces_circle", MISALIGNED),
             ("bias", "at_packs(rows.bias)", "sweeps_unaligned_bias", MISALIGNED),
-            ("class weights", "at_packs(rows.class_weight)", "again_unaligned_weights", MISALIGNED),
+            ("class weights", "at_packs(rows.class_weight)", "pieces_unaligned_weights", MISALIGNED),
         ]
     ),
     Mutant(
@@ -408,7 +408,7 @@ MUTANTS = [
             (LANES, "place.row * results.gradient_stride", "lanes_far"),
             (CLUSTERS, "row * results.gradient_stride", "cluster_1_far"),
             (SWEEPS, "row * results.gradient_stride", "sweeps_far"),
-            (AGAIN, "place.row * gradient_stride", "again_far"),
+            (PIECES, "place.row * gradient_stride", "pieces_far"),
             ("softmax_loss.cu: scale_rows", "(item / pieces) * stride", "scale_far"),
         ]
     ),

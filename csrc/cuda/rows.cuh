@@ -248,12 +248,12 @@ class Tile {
   __device__ __forceinline__ Tile(const Rows<S>& rows, const Columns<aligned>& columns, const Vectors& vectors)
       : rows_(rows), columns_(columns), vectors_(vectors) {}
 
-  __device__ __forceinline__ void load(const Place& place, bool again = false) {
+  __device__ __forceinline__ void load(const Place& place, Reads reads = Reads::once) {
     forget(columns_.lane);
     row_ = place.row;
     const S* const row = rows_.logits + place.row * rows_.stride;
 #pragma unroll
-    for (int i = 0; i < packs; ++i) packs_[i] = load_pack(row, columns_, i, again);
+    for (int i = 0; i < packs; ++i) packs_[i] = load_pack(row, columns_, i, reads);
   }
 
   // Instead of loading a row.

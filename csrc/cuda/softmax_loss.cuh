@@ -7,7 +7,7 @@
 //   distributed shared memory. Two blocks share a multiprocessor, so that one row's loads overlap another's stores.
 // - rows_in_sweeps: rows too long for that, or a device without clusters, or nothing but losses: one block reads a row
 //   in pieces, and for its gradient again, the last piece first, so that it begins with what the cache still holds.
-// - rows_again: the backward of target_and_rest, which knows shift and sum already.
+// - rows_in_pieces: the backward of target_and_rest, which knows shift and sum already: pieces are apart.
 //
 // The first three are persistent: a block's stretch of class vectors stays in its shared memory while rows pass (but in
 // sweeps, where it would not fit). N*C is read once and written once; nothing of its size but the gradient is
@@ -20,17 +20,17 @@
 
 namespace imbalance::cuda {
 
-constexpr int kRowPacks = 8;         // of a thread's registers, in rows_over_clusters
-constexpr int kRowThreads = 256;     // at most; two such blocks fill a multiprocessor's registers
-constexpr int kLargestCluster = 16;  // blocks
-constexpr int kLanePacks = 4;        // in rows_in_lanes
+constexpr int kClusterPacks = 8;      // of a thread's registers, in rows_over_clusters
+constexpr int kClusterThreads = 256;  // at most; two such blocks fill a multiprocessor's registers
+constexpr int kLargestCluster = 16;   // blocks
+constexpr int kLanePacks = 4;         // in rows_in_lanes
 constexpr int kLaneThreads = 128;
 constexpr int kSweepPacks = 4;            // at a time, in rows_in_sweeps
 constexpr int kSweepThreads = 1024;       // a multiprocessor's, at 64 registers each; the general form needs more
 constexpr int kSweepThreadsToRead = 256;  // of a block that only reads: several share a multiprocessor
 constexpr int sweep_threads(Map map) { return map == Map::general ? kSweepThreads / 2 : kSweepThreads; }
-constexpr int kAgainPacks = 4;  // in rows_again
-constexpr int kAgainThreads = 256;
+constexpr int kPiecePacks = 4;  // in rows_in_pieces
+constexpr int kPieceThreads = 256;
 constexpr unsigned kReservedShared = 4 << 10;  // bytes of a block beside the class vectors
 constexpr double kCacheShare = 0.7;            // of the L2 cache, for rows that are read again
 
@@ -75,20 +75,20 @@ __global__ void __launch_bounds__(kLaneThreads)
 }
 
 template <class S, Map map, bool aligned>
-__global__ void __launch_bounds__(kRowThreads, 2)
+__global__ void __launch_bounds__(kClusterThreads, 2)
     rows_over_clusters(const __grid_constant__ Rows<S> rows, const __grid_constant__ Results<S> results) {
   using T = Accumulate<S>;
   constexpr bool weighted = map == Map::general;
-  SHARED_ARRAY(RowSums<T>, sums_of_warps, kRowThreads / kWarp);
+  SHARED_ARRAY(RowSums<T>, sums_of_warps, kClusterThreads / kWarp);
   SHARED_ARRAY(RowSums<T>, sums_of_blocks, 2 * kLargestCluster);  // of this row and of the next
   SHARED_ARRAY(RowGradient<T>, gradient_of_row, 1);
 
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const int warp = thread / kWarp, lane = thread % kWarp, warps = threads / kWarp;
   const int rank = static_cast<int>(cluster_rank()), blocks = static_cast<int>(cluster_size());
-  const int stretch = threads * kRowPacks * Pack<S>::width;
+  const int stretch = threads * kClusterPacks * Pack<S>::width;
   const Columns<aligned> columns{rank * stretch, rows.classes, threads, thread};
-  auto tile = tile_of<map, kRowPacks>(rows, columns, stage<aligned>(rows, rank * stretch, stretch, map));
+  auto tile = tile_of<map, kClusterPacks>(rows, columns, stage<aligned>(rows, rank * stretch, stretch, map));
   cluster_sync();  // the stretches are there, and so are all blocks
   const bool is_nothing = results.is_nothing();
 
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(sweep_threads(map), 1)
     RowSums<T> sums = RowSums<T>::nothing();
     for (int i = 0; i < pieces; ++i) {
       auto piece = piece_of(i);
-      piece.load(place, true);
+      piece.load(place, Reads::again);
       piece.exclude(place.target);
       sums = sums.raised(maximum(sums.highest, piece.highest()));
       sums = sums.plus(piece.sums(sums.highest));
@@ -198,19 +198,20 @@ struct SplitGradients {
 };
 
 template <class S, Map map, bool aligned>
-__global__ void __launch_bounds__(kAgainThreads)
-    rows_again(const __grid_constant__ Rows<S> rows, const __grid_constant__ SplitGradients<Accumulate<S>> gradients,
-               S* d_logits, std::int64_t gradient_stride, int lanes) {
+__global__ void __launch_bounds__(kPieceThreads)
+    rows_in_pieces(const __grid_constant__ Rows<S> rows,
+                   const __grid_constant__ SplitGradients<Accumulate<S>> gradients, S* d_logits,
+                   std::int64_t gradient_stride, int lanes) {
   using T = Accumulate<S>;
   const int lane = static_cast<int>(threadIdx.x) % lanes, group = static_cast<int>(threadIdx.x) / lanes;
   const int groups = static_cast<int>(blockDim.x) / lanes;
-  const int length = lanes * kAgainPacks * Pack<S>::width, pieces = (rows.classes + length - 1) / length;
+  const int length = lanes * kPiecePacks * Pack<S>::width, pieces = (rows.classes + length - 1) / length;
   const std::int64_t items = rows.count * pieces, step = static_cast<std::int64_t>(gridDim.x) * groups;
   for (std::int64_t item = static_cast<std::int64_t>(blockIdx.x) * groups + group; item < items; item += step) {
     const Place place = place_of(rows, item / pieces, false);
     S* const d_row = d_logits + place.row * gradient_stride;
     const Columns<aligned> columns{static_cast<int>(item % pieces) * length, rows.classes, lanes, lane};
-    auto piece = tile_of<map, kAgainPacks>(rows, columns, vectors_of(rows));
+    auto piece = tile_of<map, kPiecePacks>(rows, columns, vectors_of(rows));
     if (!place.is_read) {
       piece.fill(value_of_unread<T>(place), d_row);
       continue;
@@ -345,13 +346,13 @@ cudaError_t launch_in_lanes(const Rows<S>& rows, const Results<S>& results, bool
 template <class S>
 cudaError_t launch_over_clusters(const Rows<S>& rows, const Results<S>& results, bool aligned, const Device& device,
                                  cudaStream_t stream) {
-  constexpr int per_thread = kRowPacks * Pack<S>::width;
+  constexpr int per_thread = kClusterPacks * Pack<S>::width;
   return with_form<S, true>(rows, aligned, [&](auto form) {
     const auto kernel = &rows_over_clusters<S, form.map, form.aligned>;
     for (int blocks = 1; blocks <= (device.has_clusters ? kLargestCluster : 1); blocks *= 2) {
       const int stretch = ceiling(rows.classes, blocks);
-      if (stretch > kRowThreads * per_thread) continue;
-      const int threads = threads_for(stretch, per_thread, kRowThreads);
+      if (stretch > kClusterThreads * per_thread) continue;
+      const int threads = threads_for(stretch, per_thread, kClusterThreads);
       const unsigned bytes = staged_bytes(rows, threads * per_thread, form.map);
       if (bytes + kReservedShared > static_cast<unsigned>(device.shared_memory)) continue;
       Shape shape{0, static_cast<unsigned>(threads), static_cast<unsigned>(blocks), bytes};
@@ -440,20 +441,20 @@ cudaError_t split_rows_of(const SplitArguments& a, const SplitVectors& out, std:
 template <class S>
 cudaError_t split_backward_rows_of(const SplitBackwardArguments& a, std::int64_t count, cudaStream_t stream) {
   using T = Accumulate<S>;
-  constexpr int per_lane = kAgainPacks * Pack<S>::width;
+  constexpr int per_lane = kPiecePacks * Pack<S>::width;
   S* const d_logits = static_cast<S*>(a.d_logits);
   const Rows<S> rows = rows_of<S>(a.split, count);
   const SplitGradients<T> gradients{static_cast<const T*>(a.rest), static_cast<const T*>(a.shift),
                                     static_cast<const T*>(a.d_target), static_cast<const T*>(a.d_rest),
                                     static_cast<const T*>(a.d_weighted)};
-  const int lanes = lanes_for(rows.classes, per_lane, kAgainThreads);
+  const int lanes = lanes_for(rows.classes, per_lane, kPieceThreads);
   const std::int64_t items = count * ceiling(rows.classes, lanes * per_lane);
   if (items == 0) return cudaSuccess;
   const bool aligned = is_aligned(rows, d_logits, a.gradient_stride);
   return with_form<S, false>(rows, aligned, [&](auto form) {
-    const auto kernel = &rows_again<S, form.map, form.aligned>;
-    Shape shape{1, kAgainThreads, 1, 0};
-    if (const cudaError_t error = fill_device(kernel, ceiling(items, kAgainThreads / lanes), &shape)) return error;
+    const auto kernel = &rows_in_pieces<S, form.map, form.aligned>;
+    Shape shape{1, kPieceThreads, 1, 0};
+    if (const cudaError_t error = fill_device(kernel, ceiling(items, kPieceThreads / lanes), &shape)) return error;
     return launch(kernel, shape, stream, rows, gradients, d_logits, a.gradient_stride, lanes);
   });
 }

@@ -52,6 +52,9 @@ __device__ __forceinline__ S mask_number() {
   return number;
 }
 
+// Whether caches should keep what is loaded.
+enum class Reads { once, again };
+
 // 16 bytes of a row as they are stored, in four registers; two halves share one. Registers have no index: that of a
 // number must be a constant, as in an unrolled loop.
 template <class S>
@@ -61,10 +64,9 @@ struct Pack {
 
   std::uint32_t words[4];
 
-  // `again`: it will be read again soon, so caches should keep it.
-  static __device__ __forceinline__ Pack load(const S* p, bool again) {
+  static __device__ __forceinline__ Pack load(const S* p, Reads reads) {
     const auto* const vector = reinterpret_cast<const uint4*>(p);
-    const uint4 words = again ? *vector : load_streaming(vector);
+    const uint4 words = reads == Reads::again ? *vector : load_streaming(vector);
     return {{words.x, words.y, words.z, words.w}};
   }
   static __device__ __forceinline__ Pack masks() {
@@ -152,11 +154,11 @@ struct Columns {
 // A pack of a row; numbers that the row does not have are masks.
 template <class S, bool aligned>
 __device__ __forceinline__ Pack<S> load_pack(const S* row, const Columns<aligned>& columns, int pack,
-                                             bool again = false) {
+                                             Reads reads = Reads::once) {
   constexpr int width = Pack<S>::width;
   if constexpr (aligned) {
     const int column = columns.template of<width>(pack, 0);
-    return column < columns.end ? Pack<S>::load(row + column, again) : Pack<S>::masks();
+    return column < columns.end ? Pack<S>::load(row + column, reads) : Pack<S>::masks();
   } else {
     const Columns<aligned> apart = columns.forgotten();
     Pack<S> loaded;
@@ -200,7 +202,7 @@ __device__ __forceinline__ void load_values(const S* vector, const Columns<align
     if (column >= columns.end) return;
 #pragma unroll
     for (int k = 0; k < width; k += step) {
-      const Pack<S> numbers = Pack<S>::load(vector + column + k, true);
+      const Pack<S> numbers = Pack<S>::load(vector + column + k, Reads::again);
 #pragma unroll
       for (int j = 0; j < step; ++j) values[k + j] = number_of(numbers.get(j));
     }
@@ -231,7 +233,7 @@ struct Staged {
       const T* const first = vector + (pack * columns.lanes + columns.lane) * step;
 #pragma unroll
       for (int k = 0; k < width; k += step) {
-        const Pack<T> numbers = Pack<T>::load(first + k / step * (stretch / planes), true);
+        const Pack<T> numbers = Pack<T>::load(first + k / step * (stretch / planes), Reads::again);
 #pragma unroll
         for (int j = 0; j < step; ++j) values[k + j] = numbers.get(j);
       }

@@ -6,6 +6,7 @@
 // the bit, and close to those of a computation in float64. All arrays are allocations of just their size, so that
 // AddressSanitizer sees what goes beyond them; what lies between rows, or before them, is NaN and must stay as it is.
 #include "cuda/softmax_loss.h"
+#include "halves.h"
 
 #include <sys/mman.h>
 
@@ -24,8 +25,6 @@
 
 #if defined(FLOAT32_ALONE)  // the kernels of other dtypes are not compiled, and no case of theirs is to be named
 namespace imbalance::cuda {
-struct BFloat16;
-struct Float16;
 template <class>
 cudaError_t loss_rows_of(const LossArguments&, std::int64_t, cudaStream_t);
 template <class>
@@ -167,17 +166,17 @@ constexpr Case kCases[] = {
     {"sweeps_float64", 5, 2001, 1, kEverything, 0, 0, kHopper, Dtype::float64},
     {"sweeps_float64_short", 5, 10, 1, kProbabilities, 0, 0, kHopper, Dtype::float64},
 
-    // rows_again
-    {"again_1", 300, 16, 1, kSplit},
-    {"again_8", 40, 100, 1, kSplit | kEverything | kInPlace},
-    {"again_32_odd", 5, 301, 1, kSplit | kBias, 1, 1},
-    {"again_128", 5, 2000, 1, kSplit | kScale | kBias | kMasks},
-    {"again_256", 5, 5001, 1, kSplit | kWeights | kSmoothing, 1, 3},
-    {"again_unaligned_weights", 5, 1000, 1, kSplit | kWeights | kSmoothing | kUnalignedVectors},
-    {"again_circle", 5, 9000, 1, kSplit | kCircle | kUnalignedVectors | kFactor},
-    {"again_probabilities", 5, 700, 1, kSplit | kProbabilities | kWeights},
-    {"again_far", 3, 20, 1, kSplit | kFar},
-    {"again_bfloat16", 5, 1500, 1, kSplit | kEverything, 0, 0, kHopper, Dtype::bfloat16},
+    // rows_in_pieces
+    {"pieces_1", 300, 16, 1, kSplit},
+    {"pieces_8", 40, 100, 1, kSplit | kEverything | kInPlace},
+    {"pieces_32_odd", 5, 301, 1, kSplit | kBias, 1, 1},
+    {"pieces_128", 5, 2000, 1, kSplit | kScale | kBias | kMasks},
+    {"pieces_256", 5, 5001, 1, kSplit | kWeights | kSmoothing, 1, 3},
+    {"pieces_unaligned_weights", 5, 1000, 1, kSplit | kWeights | kSmoothing | kUnalignedVectors},
+    {"pieces_circle", 5, 9000, 1, kSplit | kCircle | kUnalignedVectors | kFactor},
+    {"pieces_probabilities", 5, 700, 1, kSplit | kProbabilities | kWeights},
+    {"pieces_far", 3, 20, 1, kSplit | kFar},
+    {"pieces_bfloat16", 5, 1500, 1, kSplit | kEverything, 0, 0, kHopper, Dtype::bfloat16},
 };
 
 int random_orders = 0;
