@@ -22,17 +22,22 @@ MAPS = ("plain", "affine", "general")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 THREADS = {"rows_in_lanes": 128, "rows_over_clusters": 256, "rows_in_sweeps": 1024, "rows_in_pieces": 256}
-BLOCKS = {"rows_in_lanes": 7, "rows_over_clusters": 2, "rows_in_sweeps": 1, "rows_in_pieces": 3}  # of a multiprocessor
+BLOCKS = {"rows_in_lanes": 5, "rows_over_clusters": 2, "rows_in_sweeps": 1, "rows_in_pieces": 3}  # of a multiprocessor
 PACKS = {"rows_in_lanes": 4, "rows_over_clusters": 8, "rows_in_sweeps": 4, "rows_in_pieces": 4}  # of 16 bytes, a thread
+
+LOADS = {
+    "rows_in_lanes": 2,
+    "rows_over_clusters": 2,
+}  # places that load a row: the next one, while this one is worked on
 
 SPILLED = 128  # bytes a thread that kernels beyond the main ones may spill
 # Instructions for each number of a bfloat16 or float32 row, in one trip: loaded, its maximum, its exponential twice,
 # stored. A copy on an H200 leaves about 27 issue slots for each bfloat16 number.
 INSTRUCTIONS = {
-    ("rows_in_lanes", "plain"): 17,
-    ("rows_in_lanes", "affine"): 23,
-    ("rows_over_clusters", "plain"): 17,
-    ("rows_over_clusters", "affine"): 23,
+    ("rows_in_lanes", "plain"): 12.5,
+    ("rows_in_lanes", "affine"): 19.2,
+    ("rows_over_clusters", "plain"): 13,
+    ("rows_over_clusters", "affine"): 20,
 }
 
 
@@ -98,7 +103,7 @@ def test_compiles_without_spills(compiled, source, architecture):
     assert names == expected.get(dtype_of(source), set(KERNELS))
     for kernel in kernels:
         threads = THREADS[kernel.name]
-        if (kernel.name, kernel.map) == ("rows_in_sweeps", "general"):
+        if kernel.name == "rows_in_sweeps" and not kernel.is_main:
             threads = 512
         assert kernel.registers * threads <= 65536, kernel
         if kernel.is_main:
@@ -167,7 +172,8 @@ def test_machine_code(compiled, dtype):
         exponentials = 1 if name == "rows_in_pieces" else 2
         # A row is loaded and its gradient stored by packs; `fill` stores zeros by packs too. The one narrow store is
         # the target's. The first of two sweeps asks the caches to keep what it loads (and loads class vectors alike).
-        assert count(r"LDG\S*\.EF\.128", code) == packs, (name, mapping)
+        places = LOADS.get(name, 1)
+        assert count(r"LDG\S*\.EF\.128", code) == places * packs, (name, mapping)
         assert count(r"LDG\S*E\.128", code) >= (packs if name == "rows_in_sweeps" else 0), (name, mapping)
         assert count(r"STG\S*\.EF\.128", code) == 2 * packs, (name, mapping)
         if dtype == "bfloat16":
@@ -176,8 +182,12 @@ def test_machine_code(compiled, dtype):
         assert exponentials * numbers <= count(r"MUFU\.EX2", code) <= exponentials * numbers + 24, (name, mapping)
         assert count("LDL|STL", code) == 0
         if (name, mapping) in INSTRUCTIONS and dtype == "bfloat16":
-            hot = [instruction for block in hot_blocks(function) for instruction in block]
-            fills = packs * 12  # instructions of `fill`, which is not part of a trip
-            assert (len(hot) - fills) / numbers <= INSTRUCTIONS[name, mapping], (name, mapping, len(hot))
+            blocks = hot_blocks(function)
+            hot = sum(map(len, blocks))
+            # Not part of a trip: one place that loads, and `fill`.
+            loads = [len(block) for block in blocks if count(r"LDG\S*\.128", block) == packs]
+            fills = packs * 9
+            trip = (hot - min(loads) - fills) / numbers
+            assert trip <= INSTRUCTIONS[name, mapping], (name, mapping, trip)
             checked.add((name, mapping))
     assert dtype != "bfloat16" or checked == set(INSTRUCTIONS)

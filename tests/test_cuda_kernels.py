@@ -81,8 +81,8 @@ NOTHING = "(void)0"
 LANES, CLUSTERS = "softmax_loss.cuh: rows_in_lanes", "softmax_loss.cuh: rows_over_clusters"
 SWEEPS, PIECES = "softmax_loss.cuh: rows_in_sweeps", "softmax_loss.cuh: rows_in_pieces"
 STORE_TARGET = {"if (owns_target) store_number(d_row + place.target, gradient.target);": ""}
-MINE = "&sums_of_blocks[parity * kLargestCluster + rank]"
-FINISH = "finish(results, place, {}, sums, rank == 0 && lane == 0)"
+MINE = "&of_blocks[rank]"
+FINISH = "finish(results, place, {}, sums, common, rank == 0 && lane == 0)"
 HIGHEST = "maximum(sums.highest, piece.highest())"
 ALIGNED, SCALE = "softmax_loss.cuh: is_aligned", "softmax_loss.cu: cudaError_t scale"
 
@@ -126,7 +126,7 @@ MUTANTS = [
         "thread",
     ),
     Mutant("clusters: no barrier of the gradient", CLUSTERS, {"__syncthreads();#1": ""}, "cluster_1", RESULT),
-    Mutant("clusters: one buffer", CLUSTERS, {"parity ^= 1;": ""}, "cluster_2_bias", RESULT),
+    Mutant("clusters: one buffer", CLUSTERS, {"parity ^= 1;": ""}, "cluster_2_losses", RESULT),
     Mutant("sweeps: no barrier of warps", SWEEPS, {"__syncthreads();#0": ""}, "sweeps_weights", RESULT),
     Mutant("sweeps: no barrier of the gradient", SWEEPS, {"__syncthreads();#1": ""}, "sweeps_weights", RESULT),
     Mutant("sum: no barrier", "softmax_loss.cu: sum_over_block", {"__syncthreads();": ""}, "sum_of_few", RESULT),
@@ -148,7 +148,7 @@ MUTANTS = [
     Mutant(
         "lanes: some leave early",
         LANES,
-        {"tile.mask();": "if (place.row >= rows.count) continue; tile.mask();"},
+        {"__syncwarp();": "if (place.row >= rows.count) continue; __syncwarp();"},
         "lanes_2",
         r"error: (lane \d+ of the mask has exited|deadlock)",
     ),
@@ -233,8 +233,8 @@ MUTANTS = [
         RESULT,
     ),
     Mutant("sweeps: pieces overlap", SWEEPS, {"index * length": "index * (length - 4)"}, "sweeps", RESULT),
-    Mutant("pieces: an item too many", PIECES, {"item < items": "item <= items"}, "pieces_1", BEYOND),
-    Mutant("pieces: another piece", PIECES, {"item % pieces": "0"}, "pieces_256", RESULT),
+    Mutant("pieces: an item too many", PIECES, {"turn.row < rows.count": "turn.row <= rows.count"}, "pieces_1", BEYOND),
+    Mutant("pieces: another piece", PIECES, {"turn.piece * length": "0 * length"}, "pieces_256", RESULT),
     Mutant("pieces: the target is read by all", PIECES, {"owns_target#1": "true"}, "pieces_8", RACE, "thread"),
     Mutant(
         "sum: every thread writes it",
@@ -244,6 +244,29 @@ MUTANTS = [
         RACE,
         "thread",
     ),
+    Mutant(
+        "pieces: none after the last of a row",
+        "rows.cuh: Turn next",
+        {"next.piece < pieces_": "true"},
+        "pieces_256",
+        RESULT + "|" + BEYOND,
+    ),
+    # The row that comes
+    Mutant(
+        "lanes: this row comes again", LANES, {"coming.load(next);": "coming.load(place);"}, "lanes_many_rows", RESULT
+    ),
+    Mutant("lanes: no row comes", LANES, {"tile.take(coming);": ""}, "lanes_many_rows", RESULT),
+    Mutant(
+        "clusters: the next row comes too early",
+        CLUSTERS,
+        {"is_loaded = d_row == nullptr;": "is_loaded = true;"},
+        "cluster_2_bias",
+        RESULT,
+    ),
+    Mutant(
+        "clusters: this row comes again", CLUSTERS, {"tile.load(next)": "tile.load(place)"}, "cluster_2_losses", RESULT
+    ),
+    Mutant("clusters: a row does not come", CLUSTERS, {"is_loaded = false;#1": ""}, "cluster_2_losses", RESULT),
     # The target
     Mutant(
         "the target stays in the rest",
@@ -259,7 +282,13 @@ MUTANTS = [
         "lanes_4",
         RESULT,
     ),
-    Mutant("lanes: no gradient of the target", LANES, STORE_TARGET, "lanes_4", RESULT),
+    Mutant(
+        "lanes: no gradient of the target",
+        LANES,
+        {"if (d_row && owns_target) store_number(d_row + place.target, gradient.target);": ""},
+        "lanes_4",
+        RESULT,
+    ),
     Mutant("clusters: no gradient of the target", CLUSTERS, STORE_TARGET, "cluster_1", RESULT),
     Mutant("sweeps: no gradient of the target", SWEEPS, STORE_TARGET, "sweeps", RESULT),
     Mutant("pieces: no gradient of the target", PIECES, STORE_TARGET, "pieces_8", RESULT),
@@ -267,8 +296,8 @@ MUTANTS = [
         "clusters: the target is read when it may be overwritten",
         CLUSTERS,
         {
-            "if (warp == 0) target = load_target(rows, place);": "",
-            FINISH.format("target"): FINISH.format("load_target(rows, place)"),
+            "if (warp == 0) target = load_target(rows, results, place);": "",
+            FINISH.format("target"): FINISH.format("load_target(rows, results, place)"),
         },
         "cluster_2_bias",
         RESULT,
@@ -278,7 +307,7 @@ MUTANTS = [
     Mutant(
         "a weight of a class that is none",
         "softmax_loss.cu: sum_weights",
-        {"label >= classes": "false"},
+        {"labels[turn] >= classes": "false"},
         "weight_sums_of_classes",
         r"AddressSanitizer",
     ),
@@ -356,13 +385,6 @@ MUTANTS = [
         BEYOND,
     ),
     Mutant(
-        "sum: more warps than there are",
-        "softmax_loss.cu: sum_over_block",
-        {"lane < kThreads / kWarp": "true"},
-        "sum_of_few",
-        INDEX,
-    ),
-    Mutant(
         "weight sums: beyond",
         "softmax_loss.cu: sum_weights",
         {"min(first + kStretch, rows)": "first + kStretch"},
@@ -409,10 +431,25 @@ MUTANTS = [
             (CLUSTERS, "row * results.gradient_stride", "cluster_1_far"),
             (SWEEPS, "row * results.gradient_stride", "sweeps_far"),
             (PIECES, "place.row * gradient_stride", "pieces_far"),
-            ("softmax_loss.cu: scale_rows", "(item / pieces) * stride", "scale_far"),
+            ("softmax_loss.cu: scale_rows", "turn.row * stride", "scale_far"),
         ]
     ),
     # Sums
+    Mutant(
+        "exponentials: sums are not corrected",
+        "rows.cuh: RowSums<T> sums",
+        {"sums.total *= exponential.correction;": ""},
+        "lanes_high",
+        RESULT,
+    ),
+    Mutant(
+        "exponentials: the gradient is not corrected",
+        "rows.cuh: void spread",
+        {"gradient.rest * exponential.correction": "gradient.rest"},
+        "lanes_high",
+        RESULT,
+    ),
+    Mutant("exponentials: too high", "row_reduce.cuh: base_", {"fabsf(shift) < 0x1p30f": "true"}, "lanes_high", RESULT),
     Mutant(
         "joined: totals of different shifts", "row_reduce.cuh: raised", {"total * factor": "total"}, "sweeps", RESULT
     ),

@@ -369,13 +369,41 @@ def test_a_rows_gradient_sums_to_its_true_sum(objective, impl, dtype, num_classe
     for reduction, z_loss in (("sum", 0.0), ("none", 0.0), ("sum", 1e-3)):
         _, gradient = solve(logits, target, objective, impl=impl, reduction=reduction, z_loss=z_loss)
         lse = torch.logsumexp(logits.double(), dim=1)
+        # A log-sum-exp near 0 is the difference of two numbers of the logits' size.
+        added = 2 * z_loss * torch.maximum(lse.abs(), logits.double().abs().amax(dim=1))
         entries = gradient.double()
         roundings = 2 * unit(dtype) + (16 + num_classes / 16) * unit(
             torch.float64 if dtype == torch.float64 else torch.float32
         )
         denormal = torch.finfo(dtype).smallest_normal * (unit(dtype) if dtype in HALVES else 1) * num_classes
         error = (entries.sum(dim=1) - 2 * z_loss * lse).abs()
-        assert (error <= roundings * (entries.abs().sum(dim=1) + 2 * z_loss * lse.abs()) + denormal).all()
+        assert (error <= roundings * (entries.abs().sum(dim=1) + added) + denormal).all()
+
+
+@pytest.mark.parametrize("num_classes", [5, 4097])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@every_impl
+def test_logits_near_the_ends_of_their_range(impl, dtype, num_classes):
+    """Many mask with the lowest finite number; then the rest, or the row, has no other."""
+    lowest, highest = torch.finfo(dtype).min, torch.finfo(dtype).max
+    rows = {
+        "all but the target masked": ([1.5], lowest),
+        "all but one masked": ([lowest, 1.5], lowest),
+        "all masked": ([], lowest),
+        "all at the top": ([], highest),
+        "one at the top": ([1.5, highest], -1.5),
+        "far up": ([2.0**30, 2.0**30 - 2.0**24], 2.0**30),
+        "just below that": ([2.0**30 - 2.0**22, 2.0**30 - 2.0**23], 2.0**29),
+        "far down": ([-(2.0**31), -(2.0**31)], -(2.0**31)),
+    }
+    logits = torch.stack([torch.tensor(first + [fill] * (num_classes - len(first))) for first, fill in rows.values()])
+    logits, target = logits.to(dtype), torch.zeros(len(rows), dtype=torch.int64)
+    value, gradient = solve(logits, target, CrossEntropy(), impl=impl, reduction="none")
+    right = logits.double().requires_grad_()
+    right_value = F.cross_entropy(right, target, reduction="none")
+    (right_gradient,) = torch.autograd.grad(right_value.sum(), right)
+    torch.testing.assert_close(value.double(), right_value.detach(), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(gradient.double(), right_gradient, rtol=8 * torch.finfo(dtype).eps, atol=1e-12)
 
 
 # ---------------------------------------------------------------- equalities of the definitions (trap 2)

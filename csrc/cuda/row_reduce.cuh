@@ -8,8 +8,10 @@ namespace imbalance::cuda {
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kWarp = 32;
 
+constexpr float kLog2E = 1.4426950408889634f;
+
 // exp(x) for x <= 0, in two instructions; good for sums whose largest term is exp(0).
-__device__ __forceinline__ float exponential(float x) { return exp2_quick(x * 1.4426950408889634f); }
+__device__ __forceinline__ float exponential(float x) { return exp2_quick(x * kLog2E); }
 __device__ __forceinline__ double exponential(double x) { return exp(x); }
 
 // The maximum as a shift: 0 where everything is masked, since -inf - -inf is NaN.
@@ -17,6 +19,40 @@ template <class T>
 __device__ __forceinline__ T shift_of(T highest) {
   return highest == -infinity<T>() ? T(0) : highest;
 }
+
+// exp(z - shift) for the numbers of a row, in two instructions each: 2^(z * log2(e) - offset), where the offset is
+// shift * log2(e), rounded once. The product with z is not rounded, so all of a row are off by the same factor, however
+// far the shift is from 0: `correction` times their sum is right.
+template <class T>
+class Exponentials {
+ public:
+  __device__ __forceinline__ explicit Exponentials(T shift) : shift_(shift) {}
+
+  static constexpr T correction = T(1);
+  __device__ __forceinline__ T operator()(T z) const { return exp(z - shift_); }
+
+ private:
+  T shift_;
+};
+
+template <>
+class Exponentials<float> {
+ public:
+  // Neighbours of 2^30 are so far apart that any base above 1 gives 1 or next to nothing, and the product would
+  // overflow.
+  __device__ __forceinline__ explicit Exponentials(float shift)
+      : base_(fabsf(shift) < 0x1p30f ? kLog2E : 1.0f),
+        offset_(shift * base_),
+        correction(exp2_quick(fmaf(-shift, base_, offset_))) {}
+
+  __device__ __forceinline__ float operator()(float z) const { return exp2_quick(fmaf(z, base_, -offset_)); }
+
+ private:
+  float base_, offset_;  // log2 of the base
+
+ public:
+  const float correction;
+};
 
 // What is known of some of a row's rest; sums are relative to shift_of(highest).
 template <class T>

@@ -96,13 +96,20 @@ struct Target {
   T slope;         // dz_t / dx_t
   T class_weight;  // w_t
   T weight;        // u_t
+  T sample_weight;
+  T parameter;  // the objective's first, for this row
 };
 
+// The target's numbers of a row that is read, and the row's own.
 template <class S>
-__device__ __forceinline__ Target<Accumulate<S>> load_target(const Rows<S>& rows, const Place& place) {
+__device__ __forceinline__ Target<Accumulate<S>> load_target(const Rows<S>& rows, const Results<S>& results,
+                                                             const Place& place) {
   using T = Accumulate<S>;
-  Target<T> target{-infinity<T>(), T(0), T(1), T(0)};
+  Target<T> target{-infinity<T>(), T(0), T(1), T(0), T(1), results.first_parameter};
+  if (!place.is_read) return target;
+  if (results.sample_weight) target.sample_weight = results.sample_weight[place.row];
   if (place.target < 0) return target;
+  if (results.class_parameter) target.parameter = results.class_parameter[place.target];
   const T x = number_of(rows.logits[place.row * rows.stride + place.target]);
   const bool masked = x == -infinity<T>();
   const T margin = rows.class_margin ? rows.class_margin[place.target] : rows.target_map.parameters[0];
@@ -125,46 +132,59 @@ struct RowGradient {
   T shift;
 };
 
-// The end of a row that was read: writes its loss or its split (if this thread `writes`) and returns its gradient.
+// What divides or multiplies the gradients of all rows.
+template <class S>
+__device__ __forceinline__ Accumulate<S> common_factor(const Results<S>& results) {
+  using T = Accumulate<S>;
+  const T upstream = results.upstream && results.upstream_step == 0 ? *results.upstream : T(1);
+  const T* const divisor = results.normalizer ? results.normalizer : results.divisor;
+  return divisor ? upstream / *divisor : upstream;
+}
+
+template <class T>
+__device__ __forceinline__ RowSplit<T> split_of(const Target<T>& target, const RowSums<T>& sums) {
+  const T shift = shift_of(sums.highest), target_logit = target.z - shift;
+  return {target_logit,
+          std::log(sums.total),
+          shift,
+          sums.weighted_logits + (target.weight == T(0) ? T(0) : target.weight * target_logit),
+          sums.weight_sum + target.weight,
+          target.class_weight,
+          target.sample_weight,
+          target.parameter};
+}
+
+template <class S>
+__device__ __forceinline__ void write_split(const Results<S>& results, const Place& place,
+                                            const RowSplit<Accumulate<S>>& split) {
+  results.target[place.row] = split.target;
+  results.rest[place.row] = split.rest;
+  results.shift[place.row] = split.shift;
+  if (results.weighted_logits) results.weighted_logits[place.row] = split.weighted_logits;
+  if (results.weight_sum) results.weight_sum[place.row] = split.weight_sum;
+}
+
+// The end of a row that was read: its loss or its split, written if this thread `writes`, and its gradient.
 template <class S>
 __device__ __forceinline__ RowGradient<Accumulate<S>> finish(const Results<S>& results, const Place& place,
                                                              const Target<Accumulate<S>>& target,
-                                                             const RowSums<Accumulate<S>>& sums, bool writes) {
+                                                             const RowSums<Accumulate<S>>& sums,
+                                                             Accumulate<S> common_factor, bool writes) {
   using T = Accumulate<S>;
-  const T shift = shift_of(sums.highest), target_logit = target.z - shift;
-  const RowSplit<T> split{
-      target_logit,
-      std::log(sums.total),
-      shift,
-      sums.weighted_logits + (target.weight == T(0) ? T(0) : target.weight * target_logit),
-      sums.weight_sum + target.weight,
-      target.class_weight,
-      results.sample_weight ? results.sample_weight[place.row] : T(1),
-      results.class_parameter && place.target >= 0 ? results.class_parameter[place.target] : results.first_parameter,
-  };
+  const RowSplit<T> split = split_of(target, sums);
   if (results.target != nullptr) {
-    if (writes) {
-      results.target[place.row] = split.target;
-      results.rest[place.row] = split.rest;
-      results.shift[place.row] = split.shift;
-      if (results.weighted_logits) results.weighted_logits[place.row] = split.weighted_logits;
-      if (results.weight_sum) results.weight_sum[place.row] = split.weight_sum;
-    }
+    if (writes) write_split(results, place, split);
     return {};
   }
   const RowResult<T> result = row_program(split, results.options);
   if (writes && results.losses) results.losses[place.row] = result.loss;
-  T factor = results.upstream ? results.upstream[place.row * results.upstream_step] : T(1);
-  if (results.normalizer) {
-    factor /= *results.normalizer;
-  } else if (results.divisor) {
-    factor /= *results.divisor;
-  }
+  const bool has_own = results.upstream && results.upstream_step != 0;
+  const T factor = has_own ? results.upstream[place.row * results.upstream_step] * common_factor : common_factor;
   return {
       factor * (result.target - result.weights * target.weight) * target.slope,
       sums.total == T(0) ? T(0) : factor * (result.rest / sums.total),
       factor * result.weights,
-      shift,
+      split.shift,
   };
 }
 
@@ -180,12 +200,8 @@ __device__ __forceinline__ void finish_unread(const Results<S>& results, const P
   using T = Accumulate<S>;
   const T value = value_of_unread<T>(place);
   if (results.losses) results.losses[place.row] = value;
-  if (results.target == nullptr) return;
-  results.target[place.row] = value;
-  results.rest[place.row] = value - infinity<T>();
-  results.shift[place.row] = value;
-  if (results.weighted_logits) results.weighted_logits[place.row] = value;
-  if (results.weight_sum) results.weight_sum[place.row] = value;
+  if (results.target)
+    write_split(results, place, {value, value - infinity<T>(), value, value, value, T(0), T(0), T(0)});
 }
 
 // Class vectors (C,), or `Staged` stretches of them.
@@ -202,6 +218,20 @@ __device__ __forceinline__ ClassVectors<Accumulate<S>, false> vectors_of(const R
   return {rows.factor, rows.bias, rows.class_weight};
 }
 
+// Which class vectors a map needs beside the rows. An affine one always has a bias: zeros cost less than to ask.
+template <class S>
+__host__ __device__ __forceinline__ bool stages_bias(const Rows<S>& rows, Map map) {
+  return map == Map::affine || rows.bias != nullptr;
+}
+template <class S>
+__host__ __device__ __forceinline__ bool stages_factor(const Rows<S>& rows, Map map) {
+  return map == Map::general && rows.factor != nullptr;
+}
+template <class S>
+__host__ __device__ __forceinline__ bool stages_class_weight(const Rows<S>& rows, Map map) {
+  return map == Map::general && rows.spreads && rows.class_weight != nullptr;
+}
+
 // Copies the stretches that a block needs to its shared memory, where they stay while rows pass. A barrier must follow.
 // What lies beyond the classes becomes neutral.
 template <bool aligned, class S>
@@ -211,28 +241,25 @@ __device__ __forceinline__ ClassVectors<Accumulate<S>, true> stage(const Rows<S>
   ClassVectors<T, true> staged{nullptr, nullptr, nullptr};
   unsigned offset = 0;
   const auto copy = [&](const T* vector, T beyond) -> const T* {
-    if (vector == nullptr) return nullptr;
     T* const copied = dynamic_smem<T>(offset, static_cast<unsigned>(stretch));
     offset += static_cast<unsigned>(stretch) * sizeof(T);
     for (int i = static_cast<int>(threadIdx.x); i < stretch; i += static_cast<int>(blockDim.x)) {
       const int column = first + i;
-      copied[Staged<T, aligned, Pack<S>::width>::place(i, stretch)] = column < rows.classes ? vector[column] : beyond;
+      copied[Staged<T, aligned, Pack<S>::width>::place(i, stretch)] =
+          vector != nullptr && column < rows.classes ? vector[column] : beyond;
     }
     return copied;
   };
-  staged.bias = copy(rows.bias, T(0));
-  if (map == Map::general) {
-    staged.factor = copy(rows.factor, T(1));
-    if (rows.spreads) staged.class_weight = copy(rows.class_weight, T(0));
-  }
+  if (stages_bias(rows, map)) staged.bias = copy(rows.bias, T(0));
+  if (stages_factor(rows, map)) staged.factor = copy(rows.factor, T(1));
+  if (stages_class_weight(rows, map)) staged.class_weight = copy(rows.class_weight, T(0));
   return staged;
 }
 
 // The bytes of that.
 template <class S>
 unsigned staged_bytes(const Rows<S>& rows, int stretch, Map map) {
-  int vectors = rows.bias != nullptr;
-  if (map == Map::general) vectors += (rows.factor != nullptr) + (rows.spreads && rows.class_weight != nullptr);
+  const int vectors = stages_bias(rows, map) + stages_factor(rows, map) + stages_class_weight(rows, map);
   return static_cast<unsigned>(vectors) * static_cast<unsigned>(stretch) * sizeof(Accumulate<S>);
 }
 
@@ -248,18 +275,25 @@ class Tile {
   __device__ __forceinline__ Tile(const Rows<S>& rows, const Columns<aligned>& columns, const Vectors& vectors)
       : rows_(rows), columns_(columns), vectors_(vectors) {}
 
+  // Nothing but masks of a row that is not to be read.
   __device__ __forceinline__ void load(const Place& place, Reads reads = Reads::once) {
     forget(columns_.lane);
+    if (!place.is_read) {
+#pragma unroll
+      for (int i = 0; i < packs; ++i) packs_[i] = Pack<S>::masks();
+      return;
+    }
     row_ = place.row;
     const S* const row = rows_.logits + place.row * rows_.stride;
 #pragma unroll
     for (int i = 0; i < packs; ++i) packs_[i] = load_pack(row, columns_, i, reads);
   }
 
-  // Instead of loading a row.
-  __device__ __forceinline__ void mask() {
+  // What another tile of these columns holds.
+  __device__ __forceinline__ void take(const Tile& other) {
+    row_ = other.row_;
 #pragma unroll
-    for (int i = 0; i < packs; ++i) packs_[i] = Pack<S>::masks();
+    for (int i = 0; i < packs; ++i) packs_[i] = other.packs_[i];
   }
 
   // Takes the target out of the rest; returns whether it was this thread's.
@@ -294,14 +328,26 @@ class Tile {
   __device__ __forceinline__ T highest() {
     forget_values();
     T highest = -infinity<T>();
+    Values x, z, factor, bias;
+    if constexpr (map == Map::plain) {  // two halves at a time
+      Pack<S> largest = packs_[0];
 #pragma unroll
-    for (int i = 0; i < packs; ++i) {
-      if (!columns_.template has<width>(i)) break;
-      Values x, z, factor, bias;
-      packs_[i].to_values(x);
-      map_pack(i, x, z, factor, bias);
+      for (int i = 1; i < packs; ++i) {
+        if (!columns_.template has<width>(i)) break;
+        largest = largest.or_larger(packs_[i]);
+      }
+      largest.to_values(x);
 #pragma unroll
-      for (int k = 0; k < width; ++k) highest = maximum(highest, z[k]);
+      for (int k = 0; k < width; ++k) highest = maximum(highest, x[k]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < packs; ++i) {
+        if (!columns_.template has<width>(i)) break;
+        packs_[i].to_values(x);
+        map_pack(i, x, z, factor, bias);
+#pragma unroll
+        for (int k = 0; k < width; ++k) highest = maximum(highest, z[k]);
+      }
     }
     return highest;
   }
@@ -311,6 +357,7 @@ class Tile {
     forget_values();
     RowSums<T> sums{highest, T(0), T(0), T(0)};
     const T shift = shift_of(highest);
+    const Exponentials<T> exponential(shift);
 #pragma unroll
     for (int i = 0; i < packs; ++i) {
       if (!columns_.template has<width>(i)) break;
@@ -318,7 +365,7 @@ class Tile {
       packs_[i].to_values(x);
       map_pack(i, x, z, factor, bias);
 #pragma unroll
-      for (int k = 0; k < width; ++k) sums.total += exponential(z[k] - shift);
+      for (int k = 0; k < width; ++k) sums.total += exponential(z[k]);
       if constexpr (map == Map::general) {
         if (!rows_.spreads) continue;
         Values u;
@@ -330,14 +377,16 @@ class Tile {
         }
       }
     }
+    sums.total *= exponential.correction;
     return sums;
   }
 
   // Writes the gradient of the packs; that of the target is not yet right.
   __device__ __forceinline__ void spread(const RowGradient<T>& gradient, S* d_row) {
     forget_values();
+    const Exponentials<T> exponential(gradient.shift);
     // Where slopes differ from number to number the scale is one of their factors.
-    const T rest = map == Map::affine ? gradient.rest * rows_.scale : gradient.rest;
+    const T rest = gradient.rest * exponential.correction * (map == Map::affine ? rows_.scale : T(1));
 #pragma unroll
     for (int i = 0; i < packs; ++i) {
       if (!columns_.template has<width>(i)) break;
@@ -345,7 +394,7 @@ class Tile {
       packs_[i].to_values(x);
       map_pack(i, x, z, factor, bias);
 #pragma unroll
-      for (int k = 0; k < width; ++k) d[k] = rest * exponential(z[k] - gradient.shift);
+      for (int k = 0; k < width; ++k) d[k] = rest * exponential(z[k]);
       if constexpr (map == Map::general) {
         if (rows_.spreads) {
           Values u;
@@ -374,7 +423,7 @@ class Tile {
   const Rows<S>& rows_;
   Columns<aligned> columns_;
   Vectors vectors_;
-  std::int64_t row_ = 0;
+  std::int64_t row_ = 0;  // the last that was read
   Pack<S> packs_[packs];
 
   // Effective logits, -inf where masked; factor and bias as far as the map has them.
@@ -398,7 +447,7 @@ class Tile {
   }
 
   __device__ __forceinline__ void load_or(const T* vector, int i, T otherwise, Values& values) const {
-    if (vector != nullptr) {
+    if (vector != nullptr || (map == Map::affine && Vectors::staged)) {
       if constexpr (Vectors::staged) {
         Staged<T, aligned, width>::load(vector, columns_, i, columns_.lanes * count, values);
       } else {
@@ -447,6 +496,29 @@ class Tile {
       u[k] *= weight[k];
     }
   }
+};
+
+// The pieces of rows that a group of threads takes in turns: one, and then always the one `step` pieces further.
+// Divides once, not at every turn.
+struct Turn {
+  std::int64_t row;
+  int piece;  // of the row
+};
+class Turns {
+ public:
+  __device__ __forceinline__ Turns(std::int64_t step, int pieces) : pieces_(pieces), step_(first(step)) {}
+
+  __device__ __forceinline__ Turn first(std::int64_t piece_of_all) const {
+    return {piece_of_all / pieces_, static_cast<int>(piece_of_all % pieces_)};
+  }
+  __device__ __forceinline__ Turn next(const Turn& turn) const {
+    const Turn next{turn.row + step_.row, turn.piece + step_.piece};
+    return next.piece < pieces_ ? next : Turn{next.row + 1, next.piece - pieces_};
+  }
+
+ private:
+  int pieces_;
+  Turn step_;
 };
 
 // A tile beside these class vectors.

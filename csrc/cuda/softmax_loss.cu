@@ -18,8 +18,9 @@ cudaError_t split_backward_rows_of(const SplitBackwardArguments&, std::int64_t r
 
 namespace {
 
-constexpr int kThreads = 256;
-constexpr std::int64_t kStretch = 8192;  // numbers that a block sums
+constexpr int kScaleThreads = 256;
+constexpr int kSumThreads = kWarp * kWarp;
+constexpr std::int64_t kStretch = 8192;  // numbers that a block sums, all of them on their way at a time
 constexpr int kScalePacks = 4;
 constexpr std::int64_t kMostClasses = std::int64_t{1} << 30;  // columns are 32-bit integers
 
@@ -41,21 +42,25 @@ cudaError_t with_dtype(Dtype dtype, const Function& f) {
 
 // The sum over a block, for its first thread: in double, in an order that depends on the number of threads alone.
 __device__ __forceinline__ double sum_over_block(double x) {
-  SHARED_ARRAY(double, of_warps, kThreads / kWarp);
+  SHARED_ARRAY(double, of_warps, kSumThreads / kWarp);
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
   x = sum_over_lanes(x, kWarp);
   if (lane == 0) of_warps[warp] = x;
   __syncthreads();
-  return sum_over_lanes(lane < kThreads / kWarp ? of_warps[lane] : 0.0, kWarp);
+  return sum_over_lanes(of_warps[lane], kWarp);
 }
 
 // Each block sums a stretch of n numbers. The normalizer and the divisor are for the last stretch of all, the total.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kSumThreads)
     sum_stretches(const T* numbers, std::int64_t n, const T* normalizer, const T* divisor, T* sums) {
   const std::int64_t first = blockIdx.x * kStretch, end = min(first + kStretch, n);
   double sum = 0;
-  for (std::int64_t i = first + threadIdx.x; i < end; i += kThreads) sum += numbers[i];
+#pragma unroll
+  for (int turn = 0; turn < kStretch / kSumThreads; ++turn) {
+    const std::int64_t i = first + turn * kSumThreads + threadIdx.x;
+    if (i < end) sum += numbers[i];
+  }
   sum = sum_over_block(sum);
   if (threadIdx.x != 0) return;
   if (normalizer != nullptr) {
@@ -68,19 +73,27 @@ __global__ void __launch_bounds__(kThreads)
 
 // Each block sums the weights of a stretch of rows.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kSumThreads)
     sum_weights(const std::int64_t* target, std::int64_t ignore_index, std::int64_t classes, const T* class_weight,
                 const T* sample_weight, std::int64_t rows, T* sums) {
   const std::int64_t first = blockIdx.x * kStretch, end = min(first + kStretch, rows);
   double sum = 0;
-  for (std::int64_t row = first + threadIdx.x; row < end; row += kThreads) {
-    double weight = sample_weight != nullptr ? sample_weight[row] : 1;
-    if (target != nullptr) {
-      const std::int64_t label = target[row];
-      if (label < 0 || label >= classes || label == ignore_index) continue;
-      if (class_weight != nullptr) weight *= class_weight[label];
-    }
-    sum += weight;
+  constexpr int turns = kStretch / kSumThreads;
+  std::int64_t labels[turns];  // of class 0 where there are none, -1 where the row does not count
+#pragma unroll
+  for (int turn = 0; turn < turns; ++turn) {
+    const std::int64_t row = first + turn * kSumThreads + threadIdx.x;
+    labels[turn] = row < end ? 0 : -1;
+    if (row < end && target != nullptr) labels[turn] = target[row];
+    if (target != nullptr && (labels[turn] >= classes || labels[turn] == ignore_index)) labels[turn] = -1;
+  }
+#pragma unroll
+  for (int turn = 0; turn < turns; ++turn) {
+    const std::int64_t row = first + turn * kSumThreads + threadIdx.x, label = labels[turn];
+    T of_sample(1), of_class(1);
+    if (label >= 0 && sample_weight != nullptr) of_sample = sample_weight[row];
+    if (label >= 0 && target != nullptr && class_weight != nullptr) of_class = class_weight[label];
+    if (label >= 0) sum += static_cast<double>(of_sample) * of_class;
   }
   sum = sum_over_block(sum);
   if (threadIdx.x == 0) sums[blockIdx.x] = static_cast<T>(sum);
@@ -88,8 +101,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // Multiplies rows by a factor; `lanes` threads share a piece of a row.
 template <class S, bool aligned>
-__global__ void __launch_bounds__(kThreads) scale_rows(S* gradient, std::int64_t stride, std::int64_t rows, int classes,
-                                                       const Accumulate<S>* factor, int lanes) {
+__global__ void __launch_bounds__(kScaleThreads) scale_rows(S* gradient, std::int64_t stride, std::int64_t rows,
+                                                            int classes, const Accumulate<S>* factor, int lanes) {
   using T = Accumulate<S>;
   constexpr int width = Pack<S>::width;
   const T by = *factor;
@@ -97,10 +110,11 @@ __global__ void __launch_bounds__(kThreads) scale_rows(S* gradient, std::int64_t
   const int lane = static_cast<int>(threadIdx.x) % lanes, group = static_cast<int>(threadIdx.x) / lanes;
   const int groups = static_cast<int>(blockDim.x) / lanes, length = lanes * kScalePacks * width;
   const int pieces = (classes + length - 1) / length;
-  const std::int64_t items = rows * pieces, step = static_cast<std::int64_t>(gridDim.x) * groups;
-  for (std::int64_t item = static_cast<std::int64_t>(blockIdx.x) * groups + group; item < items; item += step) {
-    S* const row = gradient + (item / pieces) * stride;
-    const Columns<aligned> columns{static_cast<int>(item % pieces) * length, classes, lanes, lane};
+  const Turns turns(static_cast<std::int64_t>(gridDim.x) * groups, pieces);
+  for (Turn turn = turns.first(static_cast<std::int64_t>(blockIdx.x) * groups + group); turn.row < rows;
+       turn = turns.next(turn)) {
+    S* const row = gradient + turn.row * stride;
+    const Columns<aligned> columns{turn.piece * length, classes, lanes, lane};
     Pack<S> packs[kScalePacks];
 #pragma unroll
     for (int i = 0; i < kScalePacks; ++i) packs[i] = load_pack(row, columns, i);
@@ -138,7 +152,7 @@ std::int64_t partial_sums(std::int64_t n) { return (n + kStretch - 1) / kStretch
 
 cudaError_t weight_sums(const LossArguments& arguments, std::int64_t rows, void* sums, cudaStream_t stream) {
   if (rows == 0) return cudaSuccess;
-  const Shape shape{static_cast<unsigned>(partial_sums(rows)), kThreads, 1, 0};
+  const Shape shape{static_cast<unsigned>(partial_sums(rows)), kSumThreads, 1, 0};
   const SplitArguments& split = arguments.split;
   return with_dtype(split.dtype, [&](auto s) {
     using T = Accumulate<decltype(s)>;
@@ -154,7 +168,7 @@ cudaError_t sum(Dtype dtype, const void* numbers, std::int64_t n, const void* no
   return with_dtype(dtype, [&](auto s) -> cudaError_t {
     using T = Accumulate<decltype(s)>;
     const auto run = [&](const void* of, std::int64_t count, const void* by, const void* or_by, void* to) {
-      const Shape shape{static_cast<unsigned>(std::max<std::int64_t>(1, partial_sums(count))), kThreads, 1, 0};
+      const Shape shape{static_cast<unsigned>(std::max<std::int64_t>(1, partial_sums(count))), kSumThreads, 1, 0};
       return launch(&sum_stretches<T>, shape, stream, static_cast<const T*>(of), count, static_cast<const T*>(by),
                     static_cast<const T*>(or_by), static_cast<T*>(to));
     };
@@ -179,11 +193,11 @@ cudaError_t scale(Dtype dtype, void* gradient, std::int64_t stride, std::int64_t
     using S = decltype(s);
     constexpr int per_lane = kScalePacks * Pack<S>::width;
     int lanes = 1;
-    while (lanes < kThreads && lanes * per_lane < classes) lanes *= 2;
-    const std::int64_t pieces = (classes + lanes * per_lane - 1) / (lanes * per_lane), groups = kThreads / lanes;
+    while (lanes < kScaleThreads && lanes * per_lane < classes) lanes *= 2;
+    const std::int64_t pieces = (classes + lanes * per_lane - 1) / (lanes * per_lane), groups = kScaleThreads / lanes;
     const bool aligned = reinterpret_cast<std::uintptr_t>(gradient) % 16 == 0 && stride % Pack<S>::width == 0 &&
                          classes % Pack<S>::width == 0;
-    Shape shape{1, kThreads, 1, 0};
+    Shape shape{1, kScaleThreads, 1, 0};
     auto kernel = &scale_rows<S, false>;
     if (aligned) kernel = &scale_rows<S, true>;
     int resident = 0;

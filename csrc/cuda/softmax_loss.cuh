@@ -5,13 +5,15 @@
 // - rows_in_lanes: narrow rows, each shared by 1 to 32 lanes of a warp. Nothing but shuffles between them.
 // - rows_over_clusters: a row stays in the registers of a cluster of 1 to 16 blocks; maxima and sums go through
 //   distributed shared memory. Two blocks share a multiprocessor, so that one row's loads overlap another's stores.
-// - rows_in_sweeps: rows too long for that, or a device without clusters, or nothing but losses: one block reads a row
-//   in pieces, and for its gradient again, the last piece first, so that it begins with what the cache still holds.
+// - rows_in_sweeps: rows too long for that, or a device without clusters, or losses without class vectors: one block
+//   reads a row in pieces, and for its gradient again, the last piece first, so that it begins with what the cache
+//   still holds.
 // - rows_in_pieces: the backward of target_and_rest, which knows shift and sum already: pieces are apart.
 //
-// The first three are persistent: a block's stretch of class vectors stays in its shared memory while rows pass (but in
-// sweeps, where it would not fit). N*C is read once and written once; nothing of its size but the gradient is
-// allocated. No atomics: a row's bits depend on its own values, its width and its alignment alone.
+// All are persistent. In the first two a block's stretch of class vectors stays in its shared memory while rows pass,
+// and the next row is on its way as soon as there are registers for it. N*C is read once and written once; nothing of
+// its size but the gradient is allocated. No atomics: a row's bits depend on its own values, its width and its
+// alignment alone.
 #pragma once
 
 #include <algorithm>
@@ -25,17 +27,20 @@ constexpr int kClusterThreads = 256;  // at most; two such blocks fill a multipr
 constexpr int kLargestCluster = 16;   // blocks
 constexpr int kLanePacks = 4;         // in rows_in_lanes
 constexpr int kLaneThreads = 128;
-constexpr int kSweepPacks = 4;            // at a time, in rows_in_sweeps
-constexpr int kSweepThreads = 1024;       // a multiprocessor's, at 64 registers each; the general form needs more
+constexpr int lane_blocks(Map map) { return map == Map::general ? 4 : 5; }  // of a multiprocessor
+constexpr int kSweepPacks = 4;                                              // at a time, in rows_in_sweeps
+constexpr int kSweepThreads = 1024;       // a multiprocessor's, at 64 registers each; some forms need more
 constexpr int kSweepThreadsToRead = 256;  // of a block that only reads: several share a multiprocessor
-constexpr int sweep_threads(Map map) { return map == Map::general ? kSweepThreads / 2 : kSweepThreads; }
+constexpr int sweep_threads(Map map, bool aligned) {
+  return map == Map::general || !aligned ? kSweepThreads / 2 : kSweepThreads;
+}
 constexpr int kPiecePacks = 4;  // in rows_in_pieces
 constexpr int kPieceThreads = 256;
 constexpr unsigned kReservedShared = 4 << 10;  // bytes of a block beside the class vectors
 constexpr double kCacheShare = 0.7;            // of the L2 cache, for rows that are read again
 
 template <class S, Map map, bool aligned>
-__global__ void __launch_bounds__(kLaneThreads)
+__global__ void __launch_bounds__(kLaneThreads, lane_blocks(map))
     rows_in_lanes(const __grid_constant__ Rows<S> rows, const __grid_constant__ Results<S> results, int lanes) {
   using T = Accumulate<S>;
   constexpr bool weighted = map == Map::general;
@@ -46,31 +51,31 @@ __global__ void __launch_bounds__(kLaneThreads)
       tile_of<map, kLanePacks>(rows, columns, stage<aligned>(rows, 0, lanes * kLanePacks * Pack<S>::width, map));
   __syncthreads();
   const bool is_nothing = results.is_nothing();
+  const T common = common_factor(results);
 
   const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * groups;
-  for (std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * groups; first < rows.count; first += step) {
-    const Place place = place_of(rows, first + group, is_nothing);
-    if (place.is_read) {
-      tile.load(place);
-    } else {
-      tile.mask();
-    }
-    const Target<T> target = load_target(rows, place);
+  std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * groups;  // of the block's rows
+  Place place = place_of(rows, first + group, is_nothing);
+  tile.load(place);
+  for (Place next; first < rows.count; first += step, place = next) {
+    next = place_of(rows, first + step + group, is_nothing);
+    auto coming = tile;  // while its numbers are on their way, this row's are worked on
+    coming.load(next);
+    const Target<T> target = load_target(rows, results, place);
     const bool owns_target = tile.exclude(place.target);
     __syncwarp();  // in place: all lanes have read the target before its owner overwrites it
     const T highest = max_over_lanes(tile.highest(), lanes);
     const RowSums<T> sums = add_over_lanes<weighted>(tile.sums(highest), lanes);
-    if (place.row >= rows.count) continue;
     S* const d_row = results.d_logits ? results.d_logits + place.row * results.gradient_stride : nullptr;
-    if (!place.is_read) {
+    if (place.is_read) {
+      const RowGradient<T> gradient = finish(results, place, target, sums, common, lane == 0);
+      if (d_row) tile.spread(gradient, d_row);
+      if (d_row && owns_target) store_number(d_row + place.target, gradient.target);
+    } else if (place.row < rows.count) {
       if (lane == 0) finish_unread(results, place);
       if (d_row) tile.fill(value_of_unread<T>(place), d_row);
-      continue;
     }
-    const RowGradient<T> gradient = finish(results, place, target, sums, lane == 0);
-    if (d_row == nullptr) continue;
-    tile.spread(gradient, d_row);
-    if (owns_target) store_number(d_row + place.target, gradient.target);
+    tile.take(coming);
   }
 }
 
@@ -91,52 +96,58 @@ __global__ void __launch_bounds__(kClusterThreads, 2)
   auto tile = tile_of<map, kClusterPacks>(rows, columns, stage<aligned>(rows, rank * stretch, stretch, map));
   cluster_sync();  // the stretches are there, and so are all blocks
   const bool is_nothing = results.is_nothing();
+  const T common = common_factor(results);
 
-  int parity = 0;
+  // Indices fit 32 bits: no memory holds more such rows.
   const int count = static_cast<int>(rows.count), step = static_cast<int>(gridDim.x) / blocks;
-  for (int row = static_cast<int>(blockIdx.x) / blocks; row < count; row += step) {  // no memory holds more such rows
-    const Place place = place_of(rows, row, is_nothing);
-    S* const d_row = results.d_logits + row * results.gradient_stride;
+  int row = static_cast<int>(blockIdx.x) / blocks, parity = 0;
+  bool is_loaded = false;
+  Place place = place_of(rows, row, is_nothing);
+  for (Place next; row < count; row += step, place = next) {
+    next = place_of(rows, row + step, is_nothing);
+    S* const d_row = results.d_logits ? results.d_logits + row * results.gradient_stride : nullptr;
     if (!place.is_read) {  // the same for all threads of the cluster
       if (rank == 0 && thread == 0) finish_unread(results, place);
-      tile.fill(value_of_unread<T>(place), d_row);
+      if (d_row) tile.fill(value_of_unread<T>(place), d_row);
+      is_loaded = false;
       continue;
     }
-    tile.load(place);
+    if (!is_loaded) tile.load(place);
     const bool owns_target = tile.exclude(place.target);
     const T highest = max_over_lanes(tile.highest(), kWarp);
     RowSums<T> sums = add_over_lanes<weighted>(tile.sums(highest), kWarp);
+    is_loaded = d_row == nullptr;
+    if (is_loaded) tile.load(next);  // while this row's sums travel
     if (lane == 0) sums_of_warps[warp] = sums;
     Target<T> target{};
-    if (warp == 0) target = load_target(rows, place);  // in place: before the barriers, after which it is overwritten
-    __syncthreads();                                   // sums of warps
-    if (warp == 0) {
-      sums = join_lanes<weighted>(lane < warps ? sums_of_warps[lane] : RowSums<T>::nothing(), kWarp);
-      if (lane < blocks) *remote(&sums_of_blocks[parity * kLargestCluster + rank], static_cast<unsigned>(lane)) = sums;
+    if (warp == 0) target = load_target(rows, results, place);  // in place: before others may overwrite it
+    __syncthreads();                                            // sums of warps
+    if (warp == 0) sums = join_lanes<weighted>(lane < warps ? sums_of_warps[lane] : RowSums<T>::nothing(), kWarp);
+    if (blocks > 1) {
+      RowSums<T>* const of_blocks = &sums_of_blocks[parity * kLargestCluster];
+      if (warp == 0 && lane < blocks) *remote(&of_blocks[rank], static_cast<unsigned>(lane)) = sums;
+      cluster_sync(warp == 0);  // sums of blocks: no warp waits for its last gradient's stores
+      if (warp == 0) sums = join_lanes<weighted>(lane < blocks ? of_blocks[lane] : RowSums<T>::nothing(), kWarp);
+      parity ^= 1;  // a block that is ahead writes the next row's sums while others read this one's
     }
-    if (blocks > 1) cluster_sync(warp == 0);  // sums of blocks: no warp waits for its last gradient's stores
     if (warp == 0) {
-      if (blocks > 1) {
-        const RowSums<T>* const of_blocks = &sums_of_blocks[parity * kLargestCluster];
-        sums = join_lanes<weighted>(lane < blocks ? of_blocks[lane] : RowSums<T>::nothing(), kWarp);
-      }
-      const RowGradient<T> gradient = finish(results, place, target, sums, rank == 0 && lane == 0);
+      const RowGradient<T> gradient = finish(results, place, target, sums, common, rank == 0 && lane == 0);
       if (lane == 0) gradient_of_row[0] = gradient;
     }
     __syncthreads();  // gradient of the row
+    if (d_row == nullptr) continue;
     const RowGradient<T> gradient = gradient_of_row[0];
     tile.spread(gradient, d_row);
     if (owns_target) store_number(d_row + place.target, gradient.target);
-    parity ^= 1;  // a block that is ahead writes the next row's sums while others read this one's
   }
 }
 
 template <class S, Map map, bool aligned>
-__global__ void __launch_bounds__(sweep_threads(map), 1)
+__global__ void __launch_bounds__(sweep_threads(map, aligned), 1)
     rows_in_sweeps(const __grid_constant__ Rows<S> rows, const __grid_constant__ Results<S> results) {
   using T = Accumulate<S>;
   constexpr bool weighted = map == Map::general;
-  SHARED_ARRAY(RowSums<T>, sums_of_warps, sweep_threads(map) / kWarp);
+  SHARED_ARRAY(RowSums<T>, sums_of_warps, sweep_threads(map, aligned) / kWarp);
   SHARED_ARRAY(RowGradient<T>, gradient_of_row, 1);
 
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
@@ -147,6 +158,7 @@ __global__ void __launch_bounds__(sweep_threads(map), 1)
     return tile_of<map, kSweepPacks>(rows, columns, vectors_of(rows));
   };
   const bool is_nothing = results.is_nothing();
+  const T common = common_factor(results);
 
   for (std::int64_t row = blockIdx.x; row < rows.count; row += gridDim.x) {
     const Place place = place_of(rows, row, is_nothing);
@@ -157,7 +169,7 @@ __global__ void __launch_bounds__(sweep_threads(map), 1)
       continue;
     }
     Target<T> target{};
-    if (warp == 0) target = load_target(rows, place);
+    if (warp == 0) target = load_target(rows, results, place);
     RowSums<T> sums = RowSums<T>::nothing();
     for (int i = 0; i < pieces; ++i) {
       auto piece = piece_of(i);
@@ -171,7 +183,7 @@ __global__ void __launch_bounds__(sweep_threads(map), 1)
     __syncthreads();  // sums of warps
     if (warp == 0) {
       sums = join_lanes<weighted>(lane < warps ? sums_of_warps[lane] : RowSums<T>::nothing(), kWarp);
-      const RowGradient<T> gradient = finish(results, place, target, sums, lane == 0);
+      const RowGradient<T> gradient = finish(results, place, target, sums, common, lane == 0);
       if (lane == 0) gradient_of_row[0] = gradient;
     }
     __syncthreads();  // gradient of the row
@@ -206,11 +218,12 @@ __global__ void __launch_bounds__(kPieceThreads)
   const int lane = static_cast<int>(threadIdx.x) % lanes, group = static_cast<int>(threadIdx.x) / lanes;
   const int groups = static_cast<int>(blockDim.x) / lanes;
   const int length = lanes * kPiecePacks * Pack<S>::width, pieces = (rows.classes + length - 1) / length;
-  const std::int64_t items = rows.count * pieces, step = static_cast<std::int64_t>(gridDim.x) * groups;
-  for (std::int64_t item = static_cast<std::int64_t>(blockIdx.x) * groups + group; item < items; item += step) {
-    const Place place = place_of(rows, item / pieces, false);
+  const Turns turns(static_cast<std::int64_t>(gridDim.x) * groups, pieces);
+  for (Turn turn = turns.first(static_cast<std::int64_t>(blockIdx.x) * groups + group); turn.row < rows.count;
+       turn = turns.next(turn)) {
+    const Place place = place_of(rows, turn.row, false);
     S* const d_row = d_logits + place.row * gradient_stride;
-    const Columns<aligned> columns{static_cast<int>(item % pieces) * length, rows.classes, lanes, lane};
+    const Columns<aligned> columns{turn.piece * length, rows.classes, lanes, lane};
     auto piece = tile_of<map, kPiecePacks>(rows, columns, vectors_of(rows));
     if (!place.is_read) {
       piece.fill(value_of_unread<T>(place), d_row);
@@ -227,7 +240,7 @@ __global__ void __launch_bounds__(kPieceThreads)
         gradients.shift[place.row],
     };
     if (owns_target) {  // its logit is read by the thread that overwrites it
-      const Target<T> target = load_target(rows, place);
+      const Target<T> target = load_target(rows, Results<S>{}, place);
       gradient.target = (gradients.d_target[place.row] - gradient.weights * target.weight) * target.slope;
     }
     piece.spread(gradient, d_row);
@@ -321,13 +334,15 @@ inline int threads_for(int numbers, int per_thread, int most) {
 
 constexpr cudaError_t kNoSuchCluster = cudaErrorInvalidClusterSize;
 
-// As many clusters as the device runs at a time, or as there is work for.
+// As many clusters as the device runs at a time, and `most`, or so many fewer that all take the same number of turns.
 template <class... Parameters>
-cudaError_t fill_device(void (*kernel)(Parameters...), std::int64_t work, Shape* shape) {
+cudaError_t fill_device(void (*kernel)(Parameters...), std::int64_t work, Shape* shape, std::int64_t most = INT32_MAX) {
   int resident = 0;
   if (const cudaError_t error = resident_clusters(kernel, *shape, &resident)) return error;
-  shape->blocks = static_cast<unsigned>(std::min<std::int64_t>(work, resident)) * shape->cluster;
-  return resident > 0 ? cudaSuccess : kNoSuchCluster;
+  if (resident == 0) return kNoSuchCluster;
+  const std::int64_t turns = ceiling(work, std::min<std::int64_t>(resident, most));
+  shape->blocks = static_cast<unsigned>(ceiling(work, turns)) * shape->cluster;
+  return cudaSuccess;
 }
 
 template <class S>
@@ -342,23 +357,26 @@ cudaError_t launch_in_lanes(const Rows<S>& rows, const Results<S>& results, bool
   });
 }
 
-// Launches with the smallest clusters whose registers hold a row, and whose shared memory its class vectors.
+// Launches with the smallest clusters whose registers hold a row, and whose shared memory its class vectors, for two
+// blocks of a multiprocessor if that can be.
 template <class S>
 cudaError_t launch_over_clusters(const Rows<S>& rows, const Results<S>& results, bool aligned, const Device& device,
                                  cudaStream_t stream) {
   constexpr int per_thread = kClusterPacks * Pack<S>::width;
   return with_form<S, true>(rows, aligned, [&](auto form) {
     const auto kernel = &rows_over_clusters<S, form.map, form.aligned>;
-    for (int blocks = 1; blocks <= (device.has_clusters ? kLargestCluster : 1); blocks *= 2) {
-      const int stretch = ceiling(rows.classes, blocks);
-      if (stretch > kClusterThreads * per_thread) continue;
-      const int threads = threads_for(stretch, per_thread, kClusterThreads);
-      const unsigned bytes = staged_bytes(rows, threads * per_thread, form.map);
-      if (bytes + kReservedShared > static_cast<unsigned>(device.shared_memory)) continue;
-      Shape shape{0, static_cast<unsigned>(threads), static_cast<unsigned>(blocks), bytes};
-      const cudaError_t error = fill_device(kernel, rows.count, &shape);
-      if (error == kNoSuchCluster) continue;
-      return error == cudaSuccess ? launch(kernel, shape, stream, rows, results) : error;
+    for (const unsigned share : {2u, 1u}) {
+      for (int blocks = 1; blocks <= (device.has_clusters ? kLargestCluster : 1); blocks *= 2) {
+        const int stretch = ceiling(rows.classes, blocks);
+        if (stretch > kClusterThreads * per_thread) continue;
+        const int threads = threads_for(stretch, per_thread, kClusterThreads);
+        const unsigned bytes = staged_bytes(rows, threads * per_thread, form.map);
+        if (share * (bytes + kReservedShared) > static_cast<unsigned>(device.shared_memory)) continue;
+        Shape shape{0, static_cast<unsigned>(threads), static_cast<unsigned>(blocks), bytes};
+        const cudaError_t error = fill_device(kernel, rows.count, &shape);
+        if (error == kNoSuchCluster) continue;
+        return error == cudaSuccess ? launch(kernel, shape, stream, rows, results) : error;
+      }
     }
     return kNoSuchCluster;
   });
@@ -368,18 +386,16 @@ template <class S>
 cudaError_t launch_in_sweeps(const Rows<S>& rows, const Results<S>& results, bool aligned, const Device& device,
                              cudaStream_t stream) {
   constexpr int per_thread = kSweepPacks * Pack<S>::width;
-  std::int64_t work = rows.count;
-  if (results.d_logits != nullptr) {  // so few rows at a time that the cache holds them until they are read again
+  std::int64_t most_rows = INT32_MAX;  // at a time
+  if (results.d_logits != nullptr) {   // so few rows at a time that the cache holds them until they are read again
     const auto row_bytes = std::max(1.0, static_cast<double>(rows.classes) * sizeof(S));
-    work = std::min<std::int64_t>(
-        work, std::max(device.multiprocessors / 2, static_cast<int>(kCacheShare * device.cache / row_bytes)));
-    work = std::max<std::int64_t>(work, 1);
+    most_rows = std::max({1, device.multiprocessors / 2, static_cast<int>(kCacheShare * device.cache / row_bytes)});
   }
   return with_form<S, false>(rows, aligned, [&](auto form) {
     const auto kernel = &rows_in_sweeps<S, form.map, form.aligned>;
-    const int most = results.d_logits != nullptr ? sweep_threads(form.map) : kSweepThreadsToRead;
+    const int most = results.d_logits != nullptr ? sweep_threads(form.map, form.aligned) : kSweepThreadsToRead;
     Shape shape{1, static_cast<unsigned>(threads_for(rows.classes, per_thread, most)), 1, 0};
-    if (const cudaError_t error = fill_device(kernel, work, &shape)) return error;
+    if (const cudaError_t error = fill_device(kernel, rows.count, &shape, most_rows)) return error;
     return launch(kernel, shape, stream, rows, results);
   });
 }
@@ -392,7 +408,8 @@ cudaError_t launch_rows(const Rows<S>& rows, const Results<S>& results, cudaStre
   if (const cudaError_t error = current_device(&device)) return error;
   if constexpr (!std::is_same_v<S, double>) {  // which is for tests
     if (rows.classes <= kWarp * kLanePacks * Pack<S>::width) return launch_in_lanes(rows, results, aligned, stream);
-    if (results.d_logits != nullptr) {
+    const bool has_class_vectors = rows.bias || rows.factor || (rows.spreads && rows.class_weight);
+    if (results.d_logits != nullptr || has_class_vectors) {  // which are read from shared memory there
       const cudaError_t error = launch_over_clusters(rows, results, aligned, device, stream);
       if (error != kNoSuchCluster) return error;
     }

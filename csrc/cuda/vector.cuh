@@ -30,18 +30,37 @@ __device__ __forceinline__ void store_number(BFloat16* p, float x) {
 }
 __device__ __forceinline__ void store_number(Float16* p, float x) { p->bits = __half_as_ushort(__float2half_rn(x)); }
 
-// Two halves, converted in one instruction.
-__device__ __forceinline__ std::uint32_t word_of(BFloat16, float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+// The register that holds a float or two halves, and back.
+template <class Numbers>
+__device__ __forceinline__ std::uint32_t packed(const Numbers& numbers) {
   std::uint32_t word;
-  memcpy(&word, &pair, sizeof(word));
+  memcpy(&word, &numbers, sizeof(word));
   return word;
 }
+template <class Numbers>
+__device__ __forceinline__ Numbers unpacked(std::uint32_t word) {
+  Numbers numbers;
+  memcpy(static_cast<void*>(&numbers), &word, sizeof(word));
+  return numbers;
+}
+
+// Two halves, converted in one instruction.
+__device__ __forceinline__ std::uint32_t word_of(BFloat16, float low, float high) {
+  return packed(__floats2bfloat162_rn(low, high));
+}
 __device__ __forceinline__ std::uint32_t word_of(Float16, float low, float high) {
-  const __half2 pair = __floats2half2_rn(low, high);
-  std::uint32_t word;
-  memcpy(&word, &pair, sizeof(word));
-  return word;
+  return packed(__floats2half2_rn(low, high));
+}
+
+// The larger of each two.
+__device__ __forceinline__ std::uint32_t larger(BFloat16, std::uint32_t a, std::uint32_t b) {
+  return packed(__hmax2(unpacked<__nv_bfloat162>(a), unpacked<__nv_bfloat162>(b)));
+}
+__device__ __forceinline__ std::uint32_t larger(Float16, std::uint32_t a, std::uint32_t b) {
+  return packed(__hmax2(unpacked<__half2>(a), unpacked<__half2>(b)));
+}
+__device__ __forceinline__ std::uint32_t larger(float, std::uint32_t a, std::uint32_t b) {
+  return packed(fmaxf(unpacked<float>(a), unpacked<float>(b)));
 }
 
 // A number that takes no part: -inf.
@@ -95,6 +114,14 @@ struct Pack {
     } else {
       memcpy(&words[k * sizeof(S) / 4], &number, sizeof(S));
     }
+  }
+
+  // The larger number of each two.
+  __device__ __forceinline__ Pack or_larger(const Pack& other) const {
+    Pack pack;
+#pragma unroll
+    for (int w = 0; w < 4; ++w) pack.words[w] = larger(S{}, words[w], other.words[w]);
+    return pack;
   }
 
   // The numbers are the values, or the values rounded to the nearest.

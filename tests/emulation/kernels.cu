@@ -82,6 +82,7 @@ enum Option : unsigned {
   kUnalignedVectors = 1 << 20,  // of classes, and probabilities
   kGradientStrided = 1 << 21,   // by one number more than the logits
   kGradientOffset = 1 << 22,
+  kHigh = 1 << 23,  // logits far from 0
 };
 
 // With little shared memory for the bias even short rows need clusters, or have none that is large enough.
@@ -124,6 +125,8 @@ constexpr Case kCases[] = {
     {"lanes_offset", 5, 80, 1, kLosses | kScale, 0, 1},
     {"lanes_gradient_strided", 5, 80, 1, kGradientStrided},
     {"lanes_gradient_offset", 5, 80, 1, kGradientOffset},
+    {"lanes_many_rows", 200, 256, 1, kBias},
+    {"lanes_high", 5, 40, 1, kHigh},
     {"lanes_nothing", 5, 40, 1, kNothing, 4},
     {"lanes_far", 3, 20, 1, kFar},
     {"lanes_bfloat16", 11, 776, 1, kEverything, 8, 0, kHopper, Dtype::bfloat16},
@@ -146,9 +149,13 @@ constexpr Case kCases[] = {
     {"cluster_8", 3, 32772, 8},
     {"cluster_8_odd", 5, 16001, 8, kBias | kMean, 1, 3, kSmall},
     {"cluster_16", 3, 65540, 16},
+    {"cluster_1_losses", 5, 1001, 1, kLosses | kBias | kMasks},
+    {"cluster_2_losses", 7, 4096, 2, kLosses | kBias, 0, 0, kSmall},
+    {"cluster_2_split", 7, 4096, 1, kSplit | kBias, 0, 0, kSmall},
+    {"cluster_1_high", 5, 1000, 1, kHigh},
     {"cluster_16_bias", 5, 32000, 16, kBias | kZLoss, 0, 0, kSmall},
     {"cluster_2_bfloat16", 3, 16408, 2, kBias, 0, 0, kHopper, Dtype::bfloat16},
-    {"cluster_2_float16", 3, 16407, 2, kEverything & ~kMasks, 0, 0, kHopper, Dtype::float16},
+    {"cluster_4_float16", 3, 16407, 4, kEverything & ~kMasks, 0, 0, kHopper, Dtype::float16},  // two a multiprocessor
     {"cluster_1_wide_probabilities", 5, 2000, 1, kProbabilities | kWideProbabilities, 0, 0, kHopper, Dtype::bfloat16},
 
     // rows_in_sweeps
@@ -157,8 +164,9 @@ constexpr Case kCases[] = {
     {"sweeps_weights", 5, 1000, 1, kBias | kWeights | kSmoothing | kUnalignedVectors, 0, 0, kTiny},
     {"sweeps_probabilities", 3, 17000, 1, kProbabilities | kWeights | kInPlace, 0, 0, kLittleCache},
     {"sweeps_in_place", 5, 1001, 1, kBias | kInPlace, 0, 0, kTiny},
-    {"sweeps_unaligned_bias", 5, 1000, 1, kLosses | kBias | kUnalignedVectors},
-    {"sweeps_losses", 5, 1001, 1, kLosses | kMasks | kBias},
+    {"sweeps_unaligned_bias", 5, 1000, 1, kLosses | kBias | kUnalignedVectors, 0, 0, kTiny},
+    {"sweeps_losses", 5, 1001, 1, kLosses | kMasks},
+    {"sweeps_high", 5, 20000, 1, kHigh, 0, 0, kAmpere},
     {"sweeps_losses_long", 5, 17000, 1, kLosses | kScale},
     {"sweeps_nothing", 3, 17000, 1, kNothing, 4, 0, kAmpere},
     {"sweeps_far", 3, 600, 1, kFar | kBias, 0, 0, kTiny},
@@ -351,6 +359,7 @@ bool close(double ours, double exact, double tolerance) {
 
 constexpr std::int64_t kIgnored = -100;
 constexpr double kGamma = 2, kEpsilon = 0.1, kZLossFactor = 0.01, kCap = 5, kCircleMargin = 0.25;
+constexpr double kHeights[] = {12345, -23456, 3e38};
 
 struct Expected {
   double loss;
@@ -372,7 +381,10 @@ struct Problem {
     std::normal_distribution<double> normal(0, c.has(kCircle) ? 0.3 : 3);
     for (int row = 0; row < c.rows; ++row) {
       // So far apart that another row's maximum leaves nothing of this one's exponentials.
-      const double shift = c.has(kCircle | kSoftcap) ? 0 : row % 2 == 0 ? 60 : -60;
+      const double shift = c.has(kHigh)                ? kHeights[row / 2 % 3]
+                           : c.has(kCircle | kSoftcap) ? 0
+                           : row % 2 == 0              ? 60
+                                                       : -60;
       for (int j = 0; j < c.classes; ++j) {
         const bool masked = c.has(kMasks) && (row == 4 || random() % 4 == 0);
         logits.set(row, j, masked ? -INFINITY : normal(random) + shift);
