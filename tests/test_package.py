@@ -313,6 +313,17 @@ except RuntimeError as error:
     assert "impl='cpu' needs the compiled extension" in run.stdout
 
 
+# ---------------------------------------------------------------- the commands
+
+
+def test_make_help_shows_every_command_first_things_first():
+    shown = [line.split(maxsplit=2) for line in _output("make", "-C", str(ROOT), "-s", "help").splitlines()]
+    shown = {words[1]: words[2] for words in shown if words[0] == "make"}
+    documented = re.findall(r"^([a-z-]+):.*## (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert shown == dict(documented)
+    assert list(shown)[:4] == ["help", "demo", "test", "bench"]
+
+
 # ---------------------------------------------------------------- the build
 
 SETUP = """
