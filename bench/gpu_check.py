@@ -118,7 +118,7 @@ def steps_on_cpu(folder: Path) -> list[Step]:
         sys.path.append(str(ROOT / "tests"))
         build = importlib.import_module("emulation.build")
         stand_ins |= {**build.address_environment(), "IMBALANCE_KERNELS_EMULATED": library}
-    few = "(test_objective and focal and float32 and 91) or test_opcheck_scale_ or test_in_a_graph"
+    few = "(test_objective and focal and float32 and 91) or test_opcheck_scale_ or test_in_a_graph or first_use"
     cases = [sys.executable, "bench/gpu_cases.py", "cpu"]
     tiny = ["--device", "cpu", "--shapes", "4x91xfloat32", "2x1003xfloat32", "--samples", "1", "--window", "0.0001"]
     return [
@@ -214,7 +214,7 @@ def machine(dry_run: bool) -> dict:
             versions[package] = "absent"
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "gpus": "none: a dry run"
+        "gpus": "none, a dry run"
         if dry_run
         else output_of("nvidia-smi", "--query-gpu=name,memory.total,driver_version,clocks.max.sm", "--format=csv"),
         "cores": os.cpu_count(),
