@@ -128,7 +128,7 @@ def finish_bars(axis: Axes, labels: list[str], floor: float = 1.0, room: float =
     longest = max((bar.get_width() for bar in axis.patches), default=floor)
     axis.axvline(floor, color=INK, linewidth=1, linestyle="--")
     axis.set_xlim(0, room * max(longest, floor))
-    axis.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))  # numbers of five digits stay apart
+    axis.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))  # numbers of six digits stay apart
     axis.set_ylim(len(labels) - 0.4, -0.6)  # the first on top
     axis.set_yticks(range(len(labels)), labels)
     axis.tick_params(axis="y", length=0)
