@@ -9,10 +9,14 @@ PIP := $(PY) -m pip --disable-pip-version-check
 CSRC := $(wildcard csrc/*.[ch]* csrc/*/*.[ch]*)
 EMULATION := $(wildcard tests/emulation/*.h tests/emulation/*.cu)
 
-.PHONY: help venv test test-full test-emulated demo bench gpu-check triton-versions mutants lint format wheel clean
+# As `make help` shows them: what a newcomer wants first, then what a change needs, then the rest.
+COMMANDS := help demo test bench venv lint format test-full test-emulated mutants gpu-check triton-versions wheel clean
+.PHONY: $(COMMANDS)
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@for name in $(COMMANDS); do \
+	    printf "  make %-16s %s\n" $$name "$$(sed -n "s/^$$name:.*## //p" $(firstword $(MAKEFILE_LIST)))"; \
+	done
 
 # Three stamps, so that a repeated call costs nothing and a change redoes only what it must.
 $(VENV)/.packages: constraints.txt

@@ -13,6 +13,8 @@ from candidates import BACKWARD, CLONE, COMPILED, EAGER, FORWARD, IN_PLACE, OURS
 from formulas import MAIN_LOSSES, OTHER_LOSSES, PLAIN, Loss
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
+from matplotlib.ticker import MaxNLocator
 from results import MAIN, OTHERS, Group, Run
 
 GREY = "#8a8f98"
@@ -64,10 +66,27 @@ def finish_figure(figure: Figure, title: str, explanation: str, path: Path) -> P
     figure.text(left, 1 - 0.12 * inch, title, va="top", fontsize=14, fontweight="bold")
     figure.text(left, 1 - 0.46 * inch, explanation, va="top", color=QUIET)
     lines = explanation.count("\n") + 1
-    figure.tight_layout(rect=(0, 0, 1, 1 - (0.55 + 0.2 * lines) * inch))
+    figure.tight_layout(w_pad=2.5, rect=(0, 0, 0.985, 1 - (0.55 + 0.2 * lines) * inch))  # half a tick's label aside
+    for axis in figure.axes:
+        _make_room(axis)
     figure.savefig(path)
     plt.close(figure)
     return path
+
+
+def label_bar(axis: Axes, text: str, right: float, place: int) -> None:
+    """Write a bar's figures beside it. The axis makes room for them once its own size is known (`finish_figure`)."""
+    label = axis.annotate(text, (right, place), (5, 0), textcoords="offset points", va="center", fontsize=9)
+    label.set_in_layout(False)
+
+
+def _make_room(axis: Axes) -> None:
+    """End the axis where the text that reaches farthest does."""
+    labels = [text for text in axis.texts if isinstance(text, Annotation)]
+    width = axis.get_window_extent().width
+    for label in labels:
+        beside = label.get_window_extent().x1 - axis.transData.transform(label.xy)[0]  # the same wherever the axis ends
+        axis.set_xlim(right=max(axis.get_xlim()[1], label.xy[0] * width / max(width - beside, 0.2 * width)))
 
 
 def _times(groups: list[Group], run: Run, path: Path) -> Path:
@@ -100,16 +119,16 @@ def _time_bars(axis: Axes, group: Group, loss: str) -> None:
         copies = measurement.minimum / group.unit
         text = f"{copies:.{0 if copies >= 100 else 1}f}  ({_milliseconds(measurement.minimum)})"
         axis.barh(len(labels), copies, color=colour, height=0.72)
-        right = (max(copies, 1.0), len(labels))  # of the bar, and of the dashed line
-        axis.annotate(text, right, (5, 0), textcoords="offset points", va="center", fontsize=9)
+        label_bar(axis, text, max(copies, 1.0), len(labels))  # right of the bar, and of the dashed line
         labels.append(label)
     finish_bars(axis, labels)
 
 
-def finish_bars(axis: Axes, labels: list[str], floor: float = 1.0) -> None:
+def finish_bars(axis: Axes, labels: list[str], floor: float = 1.0, room: float = 1.1) -> None:
     longest = max((bar.get_width() for bar in axis.patches), default=floor)
     axis.axvline(floor, color=INK, linewidth=1, linestyle="--")
-    axis.set_xlim(0, 1.4 * max(longest, floor))
+    axis.set_xlim(0, room * max(longest, floor))
+    axis.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))  # numbers of six digits stay apart
     axis.set_ylim(len(labels) - 0.4, -0.6)  # the first on top
     axis.set_yticks(range(len(labels)), labels)
     axis.tick_params(axis="y", length=0)
@@ -126,7 +145,7 @@ def _ratios(groups: list[Group], path: Path) -> Path:
     for column, (axis, group) in enumerate(zip(axes[0], groups, strict=True)):
         for place, loss in enumerate(losses):
             _ratio_bar(axis, place, group, loss)
-        finish_bars(axis, [loss.name for loss in losses])
+        finish_bars(axis, [loss.name for loss in losses], room=1.4)  # for its column of figures
         axis.tick_params(labelleft=column == 0)
         axis.set_title(f"{group.shape[0]} x {group.shape[1]}, {group.dtype}", loc="left", fontsize=10)
         axis.set_xlabel("time, cross-entropy = 1")

@@ -9,7 +9,7 @@ the logits, timed in the same way; that of a loss alone is a kernel that only re
 call but the first works on what the one before has left.
 
 At the end stands a verdict on each thing that was promised: TARGETS, READ_LIMIT, VECTOR_LIMIT, PEAKED_LIMIT, and that
-no other candidate is faster.
+no other candidate is faster. With `--device cpu`, which tries the benchmark itself, there are none.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ import read_floor
 import torch
 import triton
 from candidates import BACKWARD, COMPILED, COPY, EAGER, FORWARD, IN_PLACE, Candidate, Formula, Problem, in_mode
-from charts import GREY, LIGHT_RED, RED, STYLE, finish_bars, finish_figure
+from charts import GREY, LIGHT_RED, RED, STYLE, finish_bars, finish_figure, label_bar
 from checks import check, truth_of
-from formulas import FOCAL_MARGIN_PRIOR, OBJECTIVE_LOSSES, PLAIN, VECTOR_LOSSES, Loss
+from formulas import FOCAL_MARGIN_PRIOR, OBJECTIVE_LOSSES, PLAIN, VECTOR_LOSSES, WITH_PRIOR, Loss
 from peers import PEERS, WITHOUT_LOGITS, load
 from torch import Tensor
 
@@ -52,6 +52,7 @@ TARGETS = {
 READ_LIMIT = 1 / 0.92  # read floors of a loss alone
 VECTOR_LIMIT = 1.05  # of the time with one class vector less
 PEAKED_LIMIT = 1.02  # of the time on random logits: no slower, but windows differ by a percent or two
+NO_VERDICTS = "no verdicts: what is promised is promised of a GPU, and this ran on a CPU"
 
 SMALL, LONG = 2048, 16384  # classes: Triton's rows that share a program, and rows that do not fit one
 TRITON_TARGETS = {"small": 1.5, "fits": 1.15, "long": 1.4, "clusters": 1.15}  # copies
@@ -79,14 +80,15 @@ class Subject:
 SUBJECTS = {
     "random": (
         *(Subject(loss, modes=EVERY_MODE, beside_others=True) for loss in MAIN_LOSSES),
-        *(Subject(loss) for loss in VECTOR_LOSSES),
+        Subject(WITH_PRIOR, modes=(BACKWARD, FORWARD)),
+        *(Subject(loss) for loss in VECTOR_LOSSES if loss is not WITH_PRIOR),
         # Triton compiles each objective, which takes longer than all that is timed of it.
         *(Subject(loss, ("cuda",)) for loss in OBJECTIVE_LOSSES if loss not in MAIN_LOSSES),
     ),
     "peaked": tuple(Subject(loss, modes=EVERY_MODE, beside_others=True) for loss in MAIN_LOSSES),
 }
 # What TARGETS speaks of: neither factors nor smoothing.
-WITH_TARGETS = {loss.name for loss in (*MAIN_LOSSES, *OBJECTIVE_LOSSES, VECTOR_LOSSES[0])}
+WITH_TARGETS = {loss.name for loss in (*MAIN_LOSSES, *OBJECTIVE_LOSSES, WITH_PRIOR)}
 
 
 @dataclass
@@ -140,6 +142,12 @@ class Report:
     lines: list[Line] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    judged: bool = True  # whether the promises speak of this device
+
+
+def judges(device: torch.device) -> bool:
+    """Return whether the promises speak of a device: times of stand-ins on a CPU say nothing of a GPU."""
+    return device.type == "cuda"
 
 
 class Clock:
@@ -299,7 +307,7 @@ def time_shape(
 
     def add(loss: str, candidate: str, mode: str, seconds: list[float], no_graph: str) -> None:
         best = min(seconds)
-        limit = limit_of(shape, dtype_name, loss, candidate, mode)
+        limit = limit_of(shape, dtype_name, loss, candidate, mode) if report.judged else None
         speed = (1 if mode == FORWARD else 2) * first.logits_bytes / best / 1e9
         line = Line(shape, dtype_name, kind, loss, candidate, mode, seconds, best / unit, speed, no_graph, limit)
         report.lines.append(line)
@@ -348,7 +356,7 @@ def line_of(line: Line) -> str:
         verdict = f"  at most {line.limit:.2f}: {'met' if line.copies <= line.limit else 'NOT MET'}"
     return (
         f"{line.loss:<34}{line.candidate:<15}{line.mode:<20}{1e3 * line.least:>9.3f} ms "
-        f"({1e3 * statistics.median(line.seconds):.3f}){line.gigabytes:>8.0f} GB/s{line.copies:>7.2f} copies"
+        f"({1e3 * statistics.median(line.seconds):.3f}){line.gigabytes:>8.0f} GB/s{figure_of(line.copies):>7} copies"
         f"{', no graph' if line.no_graph else ''}{verdict}"
     )
 
@@ -368,8 +376,10 @@ def machine_of(device: torch.device) -> dict:
 def verdicts_of(report: Report) -> list[Verdict]:
     """Return one for each promise on each shape, of each of our implementations that was timed there."""
     by_key = {(x.shape, x.dtype, x.logits, x.loss, x.candidate, x.mode): x for x in report.lines}
-    vectors = [loss.name for loss in VECTOR_LOSSES]
-    verdicts = []
+    vectors = [loss.name for loss in (PLAIN, *VECTOR_LOSSES)]  # each reads one vector (C,) more than the one before
+    verdicts: list[Verdict] = []
+    if not report.judged:
+        return verdicts
     for line in report.lines:
         if line.candidate not in OURS:
             continue
@@ -426,6 +436,15 @@ def draw(report: Report, folder: Path) -> list[Path]:
     return pictures
 
 
+def figure_of(value: float) -> str:
+    """Return three digits or all before the point: what is far off needs none behind it."""
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
+
+
+def time_of(seconds: float) -> str:
+    return f"{figure_of(1e3 * seconds)} ms" if seconds >= 1e-4 else f"{figure_of(1e6 * seconds)} us"
+
+
 def label_of(line: Line) -> str:
     return f"{line.candidate}, in place" if line.mode == IN_PLACE else line.candidate
 
@@ -438,22 +457,24 @@ def _picture(
     label: Callable[[Line], str] = label_of,
     floors: dict | None = None,
 ) -> Path:
-    """A row of panels for each group of lines, a column for each shape."""
+    """A panel for each shape and group of lines: two columns, which stay legible in a page's width."""
     shapes = list(dict.fromkeys((line.shape, line.dtype) for lines in groups for line in lines))
-    most = max((len(lines) // max(1, len(shapes)) for lines in groups), default=1)
+    panels = [
+        (shape, dtype, [line for line in lines if (line.shape, line.dtype) == (shape, dtype)])
+        for shape, dtype in shapes
+        for lines in groups
+    ]
+    rows = max(1, math.ceil(len(panels) / 2))
+    most = max((len(bars) for _, _, bars in panels), default=1)
     with plt.rc_context(STYLE):
-        size = (
-            (4.0 if label is label_of else 5.5) * max(2, len(shapes)) + 1.5,
-            max(2.0, 0.3 * most + 1.0) * len(groups) + 1.0,
-        )
-        figure, axes = plt.subplots(len(groups), max(1, len(shapes)), figsize=size, squeeze=False)
-        for row, lines in enumerate(groups):
-            for axis, (shape, dtype) in zip(axes[row], shapes, strict=False):
-                bars = [line for line in lines if (line.shape, line.dtype) == (shape, dtype)]
-                loss = "" if len({bar.loss for bar in bars}) != 1 else f"{bars[0].loss}\n"
-                floor = 1.0 if floors is None else floors[shape, dtype]
-                _panel(axis, bars, f"{loss}{shape[0]} x {shape[1]} {dtype}", label, floor)
-        for axis in axes[-1]:
+        figure, axes = plt.subplots(rows, 2, figsize=(11, (0.27 * most + 1.0) * rows + 1.0), squeeze=False)
+        for axis, (shape, dtype, bars) in zip(axes.flat, panels, strict=False):
+            loss = "" if len({bar.loss for bar in bars}) != 1 else f"{bars[0].loss}\n"
+            floor = 1.0 if floors is None else floors[shape, dtype]
+            _panel(axis, bars, f"{loss}{shape[0]} x {shape[1]} {dtype}", label, floor)
+        for axis in axes.flat[len(panels) :]:
+            axis.set_axis_off()
+        for axis in axes.flat[max(0, len(panels) - 2) : len(panels)]:
             axis.set_xlabel("time, in copies of the logits")
         return finish_figure(figure, title, explanation, path)
 
@@ -463,15 +484,14 @@ def _panel(axis: plt.Axes, bars: list[Line], title: str, label: Callable[[Line],
     widths, shades = [bar.copies for bar in bars], [colours.get(bar.candidate, GREY) for bar in bars]
     axis.barh(range(len(bars)), widths, color=shades, height=0.72)
     for place, bar in enumerate(bars):
-        text = f"{bar.copies:.2f}  ({1e3 * bar.least:.2f} ms)"
-        right = (max(bar.copies, floor), place)
-        axis.annotate(text, right, (5, 0), textcoords="offset points", va="center", fontsize=9)
+        label_bar(axis, f"{figure_of(bar.copies)}  ({time_of(bar.least)})", max(bar.copies, floor), place)
     finish_bars(axis, [label(bar) for bar in bars], floor)
     axis.set_title(title, loc="left", fontsize=10)
 
 
 def benchmark(arguments: argparse.Namespace) -> Report:
-    report = Report(machine_of(torch.device(arguments.device)))
+    device = torch.device(arguments.device)
+    report = Report(machine_of(device), judged=judges(device))
     print("  ".join(f"{key} {value}" for key, value in report.machine.items()))
     arguments.end = time.perf_counter() + arguments.seconds
     for rows, num_classes, dtype in arguments.shapes:
@@ -480,6 +500,8 @@ def benchmark(arguments: argparse.Namespace) -> Report:
     if not any(line.candidate in OURS for line in report.lines):
         report.wrong.append("none of our implementations was timed")
     report.notes = list(dict.fromkeys([*report.notes, WITHOUT_LOGITS]))
+    if not report.judged:
+        report.notes.insert(0, NO_VERDICTS)
     return report
 
 
@@ -490,7 +512,7 @@ def finish(report: Report, folder: Path) -> int:
     path = folder / "softmax_loss_gpu.json"
     path.write_text(json.dumps(asdict(report) | {"verdicts": [asdict(x) for x in verdicts]}, indent=1) + "\n")
     missed = [str(verdict) for verdict in verdicts if not verdict.met]
-    print(f"\n{len(verdicts)} promises, {len(missed)} not met")
+    print(f"\n{len(verdicts)} promises, {len(missed)} not met" if report.judged else "")
     for text in (*missed, *(f"WRONG: {wrong}" for wrong in report.wrong), *report.notes):
         print(f"  {text}")
     print("written:", ", ".join(map(str, [path, *draw(report, folder)])))

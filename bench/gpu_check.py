@@ -5,7 +5,8 @@
 It builds the extension for this GPU, looks whether it is the one that is chosen, runs the tests marked gpu, a few cases
 under compute-sanitizer, and the benchmark; all that came out is in OUT/gpu_check.json, with a picture or log of each.
 The environment is the machine's own, and nothing is installed: torch with Triton, pytest with xdist and hypothesis,
-mpmath, matplotlib, a C++ compiler and nvcc. Steps that fail do not stop those after them; the exit status tells.
+mpmath, matplotlib, setuptools 77 or later, ninja, a C++ compiler and nvcc. Steps that fail do not stop those after
+them; the exit status tells.
 
 --dry-run goes through the same steps without a GPU, on tiny shapes: nothing is built, tests and benchmark run Triton's
 kernels in its interpreter, and the CUDA ones where IMBALANCE_KERNELS_EMULATED, or .venv/emulated.so, is their emulation
@@ -30,7 +31,18 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
-NEEDED = ("torch", "triton", "pytest", "xdist", "hypothesis", "mpmath", "matplotlib")
+# What is imported, and the distribution that has it.
+NEEDED = {
+    "torch": "torch",
+    "triton": "triton",
+    "pytest": "pytest",
+    "xdist": "pytest-xdist",
+    "hypothesis": "hypothesis",
+    "mpmath": "mpmath",
+    "matplotlib": "matplotlib",
+    "setuptools": "setuptools>=77",
+}
+OLDEST_SETUPTOOLS = 77  # an older one does not read our pyproject.toml
 VERSIONS = ("torch", "triton", "numpy", "liger-kernel", "flash-linear-attention", "quack-kernels", "cut-cross-entropy")
 
 # Seconds that a step may take, beside what those before it have left; eight minutes in all.
@@ -43,8 +55,9 @@ impl, device = sys.argv[1:]
 chosen = ik.implementation.choose(None if impl == "None" else impl, torch.empty(1, device=device))
 sys.exit(0 if chosen == "cuda" else f"{chosen} kernels would run, not the CUDA ones")
 """
-SANITIZED = "not run: no compute-sanitizer in the toolkit or on PATH"
-NOT_EMULATED = "not run: no emulation of the CUDA kernels (make test-emulated builds one)"
+NOT_FOUND = "compute-sanitizer not found in the toolkit or on PATH"
+NOT_EMULATED = "no emulation of the CUDA kernels: make test-emulated builds one"
+PASSED, FAILED, OUT_OF_TIME, NOT_RUN = "passed", "failed", "out of time", "not run"
 
 
 @dataclass
@@ -79,7 +92,7 @@ def steps_on_gpu(folder: Path) -> list[Step]:
     def sanitize(name: str, environment: Mapping[str, str]) -> Step:
         # No filter by kernel: one that matches nothing would find nothing.
         command = [tool or "", "--tool", name, "--error-exitcode", "9", sys.executable, "bench/gpu_cases.py"]
-        return Step(name, command, environment, not_run="" if tool else SANITIZED)
+        return Step(name, command, environment, not_run="" if tool else NOT_FOUND)
 
     return [
         # --force: what is there already may be compiled for another GPU, or for none.
@@ -105,7 +118,7 @@ def steps_on_cpu(folder: Path) -> list[Step]:
         sys.path.append(str(ROOT / "tests"))
         build = importlib.import_module("emulation.build")
         stand_ins |= {**build.address_environment(), "IMBALANCE_KERNELS_EMULATED": library}
-    few = "(test_objective and focal and float32 and 91) or test_opcheck_scale_ or test_in_a_graph"
+    few = "(test_objective and focal and float32 and 91) or test_opcheck_scale_ or test_in_a_graph or first_use"
     cases = [sys.executable, "bench/gpu_cases.py", "cpu"]
     tiny = ["--device", "cpu", "--shapes", "4x91xfloat32", "2x1003xfloat32", "--samples", "1", "--window", "0.0001"]
     return [
@@ -133,12 +146,13 @@ def benchmark_command(folder: Path) -> list[str]:
 
 def run(step: Step, folder: Path, limit: float) -> dict:
     """Run one step; its output goes to the terminal's end and, whole, to a file."""
+    result: dict = {"status": NOT_RUN, "reason": step.not_run, "exit_status": None, "seconds": 0.0, "end": []}
     if step.not_run:
-        print(f"== {step.name}: {step.not_run}", flush=True)
-        return {"status": step.not_run, "seconds": 0.0, "end": []}
+        print(f"== {said(step.name, result)}", flush=True)
+        return result
     begin = time.perf_counter()
-    search = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
-    status: int | str
+    packages = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    search = {"PYTHONPATH": packages, "PATH": search_path()}
     # What is measured is written at the end, so the benchmark gets to know when that is.
     extra = ["--seconds", str(int(0.85 * limit))] if step.name == "benchmark" else []
     with open(folder / f"{step.name}.log", "w") as log:
@@ -151,14 +165,25 @@ def run(step: Step, folder: Path, limit: float) -> dict:
                 stderr=subprocess.STDOUT,
                 timeout=limit,
             )
-            status = done.returncode
+            result["exit_status"] = done.returncode
+            result["status"] = PASSED if done.returncode == 0 else FAILED
+            result["reason"] = "" if done.returncode == 0 else f"exit status {done.returncode}"
         except subprocess.TimeoutExpired:
-            status = "ran out of time"
+            result["status"] = OUT_OF_TIME
         except OSError as error:
-            status = str(error)
+            result |= {"status": FAILED, "reason": str(error)}
+    result["seconds"] = round(time.perf_counter() - begin, 1)
     lines = (folder / f"{step.name}.log").read_text(errors="replace").splitlines()
-    print(f"== {step.name}: {status}", *lines[-60:], sep="\n", flush=True)
-    return {"status": status, "seconds": round(time.perf_counter() - begin, 1), "end": lines[-5:]}
+    result["end"] = lines[-5:]
+    print(f"== {said(step.name, result)}", *lines[-60:], sep="\n", flush=True)
+    return result
+
+
+def said(name: str, result: dict) -> str:
+    """Return what came of a step, in words."""
+    reason = f" ({result['reason']})" if result["reason"] else ""
+    took = f" in {result['seconds']:.0f} s" if result["status"] != NOT_RUN else ""
+    return f"{name}: {result['status']}{reason}{took}"
 
 
 def counts(folder: Path) -> dict:
@@ -189,7 +214,7 @@ def machine(dry_run: bool) -> dict:
             versions[package] = "absent"
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "gpus": "none: a dry run"
+        "gpus": "none, a dry run"
         if dry_run
         else output_of("nvidia-smi", "--query-gpu=name,memory.total,driver_version,clocks.max.sm", "--format=csv"),
         "cores": os.cpu_count(),
@@ -206,6 +231,21 @@ def link_kernels() -> None:
     link = ROOT / "imbalance_kernels" / "triton_kernels"
     if not link.exists() and importlib.util.find_spec("imbalance_kernels.triton_kernels") is None:
         link.symlink_to(Path("..") / "triton_kernels")
+
+
+def search_path() -> str:
+    """Return PATH and then this Python's own folder of programs, where pip puts ninja."""
+    return os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
+
+
+def lacking() -> list[str]:
+    """Return what the steps call and this Python or PATH does not have, as pip names it."""
+    lacks = [package for name, package in NEEDED.items() if importlib.util.find_spec(name) is None]
+    setuptools = NEEDED["setuptools"]
+    if setuptools not in lacks and int(metadata.version("setuptools").partition(".")[0]) < OLDEST_SETUPTOOLS:
+        lacks.append(setuptools)
+    # torch would build without it, one file after the other, which takes longer than the step may.
+    return lacks if shutil.which("ninja", path=search_path()) else [*lacks, "ninja"]
 
 
 def main() -> None:
@@ -230,19 +270,20 @@ def main() -> None:
     record["figures"] = json.loads(figures.read_text()) if figures.exists() else None
     (folder / "gpu_check.json").write_text(json.dumps(record, indent=1) + "\n")
 
-    print(f"\n{time.perf_counter() - begin:.0f} s on {record['machine']['gpus']}")
+    print(f"\n{time.perf_counter() - begin:.0f} s, GPUs: {record['machine']['gpus']}")
     for name, done in record["steps"].items():
-        print(f"{name}: {done['status']} in {done['seconds']} s")
-    print(tests, f"-> {folder / 'gpu_check.json'}")
-    statuses = [done["status"] for done in record["steps"].values()]
-    failed = [status for status in statuses if status != 0 and not str(status).startswith("not run")]
+        print(said(name, done))
+    if tests:
+        wrong = tests["failures"] + tests["errors"]
+        print(f"of {tests['tests']} tests {wrong} failed and {tests['skipped']} were left out")
+    print(f"written: {folder / 'gpu_check.json'}")
+    failed = [done for done in record["steps"].values() if done["status"] in (FAILED, OUT_OF_TIME)]
     left_out = tests.get("skipped", 0) if not arguments.dry_run else 0
     sys.exit(1 if failed or left_out or not tests.get("tests", 0) else 0)
 
 
 if __name__ == "__main__":
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := lacking():
         sys.exit(f"gpu_check.py: {sys.executable} lacks {', '.join(missing)} (GPU_PYTHON= names another)")
     if "--dry-run" not in sys.argv and not importlib.import_module("torch").cuda.is_available():
         sys.exit("gpu_check.py: torch finds no GPU here, so there is nothing to check (--dry-run tries the steps)")

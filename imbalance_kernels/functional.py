@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from imbalance_kernels import objectives
-from imbalance_kernels.keywords import CALL_KEYWORDS, legacy_reduction, options_of, reject_alpha
+from imbalance_kernels.keywords import CALL_KEYWORDS, legacy_reduction, options_of, reject_alpha, with_own
 from imbalance_kernels.logit_map import AngularMargin, CircleMargin, LogitMap, Margin
 from imbalance_kernels.objectives import Objective
 from imbalance_kernels.ops import softmax_loss as softmax_loss_op
@@ -155,9 +155,14 @@ def cross_entropy(
     Example:
         >>> loss = cross_entropy(torch.randn(4, 3), torch.tensor([0, 2, 1, -100]), label_smoothing=0.1)
     """
-    keywords["reduction"] = legacy_reduction(size_average, reduce, reduction)
     return softmax_loss(
-        input, target, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing, **keywords
+        input,
+        target,
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction=legacy_reduction(size_average, reduce, reduction),
+        label_smoothing=label_smoothing,
+        **with_own(cross_entropy, keywords, objective=objectives.CrossEntropy()),
     )
 
 
@@ -188,7 +193,11 @@ def logit_adjusted_loss(
     Example:
         >>> loss = logit_adjusted_loss(torch.randn(4, 3), torch.tensor([0, 2, 1, 1]), [90, 9, 1])
     """
-    return softmax_loss(input, target, prior=chosen_prior(class_counts, tau, zero_count, prior), **keywords)
+    return softmax_loss(
+        input,
+        target,
+        **with_own(logit_adjusted_loss, keywords, prior=chosen_prior(class_counts, tau, zero_count, prior)),
+    )
 
 
 def balanced_softmax_loss(input: Tensor, target: Tensor, class_counts: Tensor | Any, **keywords: Any) -> Tensor:
@@ -197,7 +206,7 @@ def balanced_softmax_loss(input: Tensor, target: Tensor, class_counts: Tensor | 
     Example:
         >>> loss = balanced_softmax_loss(torch.randn(4, 3), torch.tensor([0, 2, 1, 1]), [90, 9, 1])
     """
-    return softmax_loss(input, target, prior=Prior(class_counts), **keywords)
+    return softmax_loss(input, target, **with_own(balanced_softmax_loss, keywords, prior=Prior(class_counts)))
 
 
 def focal_loss(input: Tensor, target: Tensor, gamma: float | Tensor = 2.0, **keywords: Any) -> Tensor:
@@ -213,7 +222,7 @@ def focal_loss(input: Tensor, target: Tensor, gamma: float | Tensor = 2.0, **key
         >>> loss = focal_loss(torch.randn(4, 3), torch.tensor([0, 2, 1, 1]), gamma=0.5)
     """
     reject_alpha(keywords)
-    return softmax_loss(input, target, objectives.Focal(gamma), **keywords)
+    return softmax_loss(input, target, **with_own(focal_loss, keywords, objective=objectives.Focal(gamma)))
 
 
 def hard_truncation_loss(input: Tensor, target: Tensor, threshold: float = 0.5, **keywords: Any) -> Tensor:
@@ -222,7 +231,9 @@ def hard_truncation_loss(input: Tensor, target: Tensor, threshold: float = 0.5, 
     Example:
         >>> loss = hard_truncation_loss(torch.randn(4, 3), torch.tensor([0, 2, 1, 1]), threshold=0.7)
     """
-    return softmax_loss(input, target, objectives.HardTruncation(threshold), **keywords)
+    return softmax_loss(
+        input, target, **with_own(hard_truncation_loss, keywords, objective=objectives.HardTruncation(threshold))
+    )
 
 
 def soft_truncation_loss(
@@ -248,12 +259,13 @@ def soft_truncation_loss(
         >>> loss = soft_truncation_loss(torch.randn(4, 3), torch.tensor([0, 2, 1, 1]), sharpness=2.0, form="log_odds")
     """
     objective = objectives.SoftTruncation(sharpness)
+    keywords = with_own(soft_truncation_loss, keywords, objective=objective)
     if form == "log_odds":
-        return softmax_loss(input, target, objective, **keywords)
+        return softmax_loss(input, target, **keywords)
     if form not in FORMS:
         raise ValueError(f"form is {form!r}, but it must be one of {(*FORMS, 'log_odds')}")
     call = {name: keywords.pop(name) for name in CALL_KEYWORDS if name in keywords}
-    return two_temperature_loss(input, target, options_of(objective, **keywords), form, **call)
+    return two_temperature_loss(input, target, options_of(**keywords), form, **call)
 
 
 def poly_loss(input: Tensor, target: Tensor, epsilon: float = 1.0, **keywords: Any) -> Tensor:
@@ -262,7 +274,7 @@ def poly_loss(input: Tensor, target: Tensor, epsilon: float = 1.0, **keywords: A
     Example:
         >>> loss = poly_loss(torch.randn(4, 3), torch.tensor([0, 2, 1, 1]), epsilon=2.0)
     """
-    return softmax_loss(input, target, objectives.Poly(epsilon), **keywords)
+    return softmax_loss(input, target, **with_own(poly_loss, keywords, objective=objectives.Poly(epsilon)))
 
 
 def generalized_cross_entropy(input: Tensor, target: Tensor, q: float = 0.7, **keywords: Any) -> Tensor:
@@ -271,7 +283,9 @@ def generalized_cross_entropy(input: Tensor, target: Tensor, q: float = 0.7, **k
     Example:
         >>> loss = generalized_cross_entropy(torch.randn(4, 3), torch.tensor([0, 2, 1, 1]), q=0.5)
     """
-    return softmax_loss(input, target, objectives.GeneralizedCrossEntropy(q), **keywords)
+    return softmax_loss(
+        input, target, **with_own(generalized_cross_entropy, keywords, objective=objectives.GeneralizedCrossEntropy(q))
+    )
 
 
 def smooth_accuracy_loss(input: Tensor, target: Tensor, **keywords: Any) -> Tensor:
@@ -280,7 +294,9 @@ def smooth_accuracy_loss(input: Tensor, target: Tensor, **keywords: Any) -> Tens
     Example:
         >>> loss = smooth_accuracy_loss(torch.randn(4, 3), torch.tensor([0, 2, 1, 1]))
     """
-    return softmax_loss(input, target, objectives.SmoothAccuracy(), **keywords)
+    return softmax_loss(
+        input, target, **with_own(smooth_accuracy_loss, keywords, objective=objectives.SmoothAccuracy())
+    )
 
 
 def ldam_loss(
@@ -304,7 +320,9 @@ def ldam_loss(
     Example:
         >>> loss = ldam_loss(torch.rand(4, 3), torch.tensor([0, 2, 1, 1]), [90, 9, 1])
     """
-    return softmax_loss(input, target, margin=ldam_margins(class_counts, max_margin), scale=scale, **keywords)
+    return softmax_loss(
+        input, target, **with_own(ldam_loss, keywords, margin=ldam_margins(class_counts, max_margin), scale=scale)
+    )
 
 
 def cosface_loss(
@@ -319,7 +337,7 @@ def cosface_loss(
     Example:
         >>> loss = cosface_loss(torch.rand(4, 3), torch.tensor([0, 2, 1, 1]))
     """
-    return softmax_loss(input, target, margin=margin, scale=scale, cosines=True, **keywords)
+    return softmax_loss(input, target, **with_own(cosface_loss, keywords, margin=margin, scale=scale, cosines=True))
 
 
 def arcface_loss(
@@ -344,7 +362,7 @@ def arcface_loss(
         >>> loss = arcface_loss(torch.rand(4, 3), torch.tensor([0, 2, 1, 1]))
     """
     angle = AngularMargin(m2=margin, straight_through=straight_through)
-    return softmax_loss(input, target, margin=angle, scale=scale, **keywords)
+    return softmax_loss(input, target, **with_own(arcface_loss, keywords, margin=angle, scale=scale))
 
 
 def circle_loss(
@@ -370,7 +388,9 @@ def circle_loss(
     Example:
         >>> loss = circle_loss(torch.rand(4, 3), torch.tensor([0, 2, 1, 1]))
     """
-    return softmax_loss(input, target, margin=CircleMargin(margin, detach), scale=scale, **keywords)
+    return softmax_loss(
+        input, target, **with_own(circle_loss, keywords, margin=CircleMargin(margin, detach), scale=scale)
+    )
 
 
 def vs_loss(
@@ -389,7 +409,7 @@ def vs_loss(
         >>> loss = vs_loss(torch.randn(4, 3), torch.tensor([0, 2, 1, 1]), [90, 9, 1])
     """
     prior = Prior(class_counts, tau, zero_count)
-    return softmax_loss(input, target, prior=prior, factor=vs_factors(prior, gamma), **keywords)
+    return softmax_loss(input, target, **with_own(vs_loss, keywords, prior=prior, factor=vs_factors(prior, gamma)))
 
 
 class TargetAndRest(NamedTuple):

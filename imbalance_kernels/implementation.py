@@ -21,6 +21,7 @@ except ModuleNotFoundError:  # the pure wheel, or a source tree that was not bui
 
 # What the CUDA kernels were compiled for, as in "sm_80 sm_90 compute_90": binaries, and PTX for later GPUs.
 _CUDA_TARGETS = "" if _C is None else _C.build_info().get("cuda_architectures", "")
+_SERVED: dict[int, bool] = {}  # by a GPU's index: whether these serve it, which is asked with every loss
 _HAS_TRITON = find_spec("triton") is not None
 _INTERPRETS_TRITON = os.environ.get("TRITON_INTERPRET") == "1"  # on CPU, for tests
 _EMULATED_CUDA = os.environ.get("IMBALANCE_KERNELS_EMULATED")  # a library with the CUDA kernels for CPU, for tests
@@ -47,10 +48,18 @@ def _cuda_serves(device: torch.device) -> bool:
     """Return whether the CUDA kernels were compiled for a device."""
     if emulates_cuda():
         return device.type == "cpu"
-    if device.type != "cuda" or not _CUDA_TARGETS or not torch.cuda.is_available():
+    if device.type != "cuda" or not _CUDA_TARGETS:
         return False
-    properties = torch.cuda.get_device_properties(device)
-    return _targets_serve(_CUDA_TARGETS, properties.major, properties.minor)
+    compiling = torch.compiler.is_compiling()  # asks once anyway, and would guard on what is remembered
+    served = None if compiling or device.index is None else _SERVED.get(device.index)
+    if served is None:
+        if not torch.cuda.is_available():  # now; no answer is remembered of a GPU that did not give one
+            return False
+        properties = torch.cuda.get_device_properties(device)
+        served = _targets_serve(_CUDA_TARGETS, properties.major, properties.minor)
+        if device.index is not None and not compiling:
+            _SERVED[device.index] = served
+    return served
 
 
 def _targets_serve(targets: str, major: int, minor: int) -> bool:

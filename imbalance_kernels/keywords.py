@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,8 +16,7 @@ from imbalance_kernels.objectives import CrossEntropy, Objective
 from imbalance_kernels.options import SoftmaxOptions
 from imbalance_kernels.priors import Prior
 
-__all__ = ["CALL_KEYWORDS", "legacy_reduction", "options_of", "reject_alpha"]
-
+__all__ = ["CALL_KEYWORDS", "legacy_reduction", "options_of", "reject_alpha", "with_own"]
 
 # What goes to the call; the rest describes the loss (options_of).
 CALL_KEYWORDS = ("sample_weight", "normalizer", "class_dim", "impl")
@@ -56,6 +58,37 @@ def options_of(
         reduction=reduction,
         inplace=inplace,
     )
+
+
+# What every class and function takes beside its own arguments; sample_weight and normalizer go to a class's forward.
+_OF_CLASSES = {*inspect.signature(options_of).parameters, "class_dim", "impl"}
+_OF_FUNCTIONS = _OF_CLASSES | set(CALL_KEYWORDS)
+
+
+def with_own(loss: Callable[..., Any], keywords: dict[str, Any], **own: Any) -> dict[str, Any]:
+    """Return the shared keyword arguments of a loss: what it sets itself, `own`, and what its caller gave.
+
+    Raises:
+        TypeError: a keyword is unknown or set already. Python would name what `loss` calls, which its caller did not.
+    """
+    taken = (_OF_CLASSES if isinstance(loss, type) else _OF_FUNCTIONS) - own.keys()
+    for name in keywords:
+        if name not in taken:
+            arguments = [
+                name for name in inspect.signature(loss).parameters if name not in ("input", "target", "keywords")
+            ]
+            if name in own:
+                reason = f"sets {name} itself" + (
+                    f"; its own arguments are {', '.join(arguments)}" if arguments else ""
+                )
+            elif name in CALL_KEYWORDS:
+                reason = f"takes {name} when it is called, beside the target"
+            else:
+                known = [*arguments, *sorted(taken.difference(arguments))]
+                near = difflib.get_close_matches(name, known, n=1) or [", ".join(known)]
+                reason = f"has no keyword {name}: use {near[0]}"
+            raise TypeError(f"{loss.__name__} {reason}")
+    return {**own, **keywords}
 
 
 def _bias(prior: Prior | Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from imbalance_kernels import objectives
-from imbalance_kernels.keywords import legacy_reduction, options_of, reject_alpha
+from imbalance_kernels.keywords import legacy_reduction, options_of, reject_alpha, with_own
 from imbalance_kernels.logit_map import AngularMargin, CircleMargin, Margin
 from imbalance_kernels.objectives import Objective
 from imbalance_kernels.ops.softmax_loss import softmax_loss
@@ -217,12 +217,11 @@ class CrossEntropyLoss(SoftmaxLoss):
         **keywords: Any,
     ) -> None:
         super().__init__(
-            objectives.CrossEntropy(),
             weight=weight,
             ignore_index=ignore_index,
             reduction=legacy_reduction(size_average, reduce, reduction),
             label_smoothing=label_smoothing,
-            **keywords,
+            **with_own(type(self), keywords, objective=objectives.CrossEntropy()),
         )
 
 
@@ -253,7 +252,7 @@ class LogitAdjustedLoss(SoftmaxLoss):
         prior: Prior | Tensor | None = None,
         **keywords: Any,
     ) -> None:
-        super().__init__(prior=chosen_prior(class_counts, tau, zero_count, prior), **keywords)
+        super().__init__(**with_own(type(self), keywords, prior=chosen_prior(class_counts, tau, zero_count, prior)))
 
 
 class BalancedSoftmaxLoss(SoftmaxLoss):
@@ -268,7 +267,7 @@ class BalancedSoftmaxLoss(SoftmaxLoss):
     """
 
     def __init__(self, class_counts: Tensor | Any, **keywords: Any) -> None:
-        super().__init__(prior=Prior(class_counts), **keywords)
+        super().__init__(**with_own(type(self), keywords, prior=Prior(class_counts)))
 
 
 class FocalLoss(SoftmaxLoss):
@@ -284,7 +283,7 @@ class FocalLoss(SoftmaxLoss):
 
     def __init__(self, gamma: float | Tensor = 2.0, **keywords: Any) -> None:
         reject_alpha(keywords)
-        super().__init__(objectives.Focal(gamma), **keywords)
+        super().__init__(**with_own(type(self), keywords, objective=objectives.Focal(gamma)))
 
 
 class HardTruncationLoss(SoftmaxLoss):
@@ -299,7 +298,7 @@ class HardTruncationLoss(SoftmaxLoss):
     """
 
     def __init__(self, threshold: float = 0.5, **keywords: Any) -> None:
-        super().__init__(objectives.HardTruncation(threshold), **keywords)
+        super().__init__(**with_own(type(self), keywords, objective=objectives.HardTruncation(threshold)))
 
 
 class SoftTruncationLoss(SoftmaxLoss):
@@ -319,7 +318,7 @@ class SoftTruncationLoss(SoftmaxLoss):
     def __init__(self, sharpness: float = 1.0, form: str = "softmax_neg", **keywords: Any) -> None:
         if form not in (*FORMS, "log_odds"):
             raise ValueError(f"form is {form!r}, but it must be one of {(*FORMS, 'log_odds')}")
-        super().__init__(objectives.SoftTruncation(sharpness), **keywords)
+        super().__init__(**with_own(type(self), keywords, objective=objectives.SoftTruncation(sharpness)))
         if self.inplace and form != "log_odds":
             raise ValueError(
                 f"inplace=True is not possible with form={form!r}, which reads the logits twice: use form='log_odds'"
@@ -361,7 +360,7 @@ class PolyLoss(SoftmaxLoss):
     """
 
     def __init__(self, epsilon: float = 1.0, **keywords: Any) -> None:
-        super().__init__(objectives.Poly(epsilon), **keywords)
+        super().__init__(**with_own(type(self), keywords, objective=objectives.Poly(epsilon)))
 
 
 class GeneralizedCrossEntropyLoss(SoftmaxLoss):
@@ -376,7 +375,7 @@ class GeneralizedCrossEntropyLoss(SoftmaxLoss):
     """
 
     def __init__(self, q: float = 0.7, **keywords: Any) -> None:
-        super().__init__(objectives.GeneralizedCrossEntropy(q), **keywords)
+        super().__init__(**with_own(type(self), keywords, objective=objectives.GeneralizedCrossEntropy(q)))
 
 
 class SmoothAccuracyLoss(SoftmaxLoss):
@@ -387,7 +386,7 @@ class SmoothAccuracyLoss(SoftmaxLoss):
     """
 
     def __init__(self, **keywords: Any) -> None:
-        super().__init__(objectives.SmoothAccuracy(), **keywords)
+        super().__init__(**with_own(type(self), keywords, objective=objectives.SmoothAccuracy()))
 
 
 class LDAMLoss(SoftmaxLoss):
@@ -410,7 +409,7 @@ class LDAMLoss(SoftmaxLoss):
         scale: float = 30.0,
         **keywords: Any,
     ) -> None:
-        super().__init__(margin=ldam_margins(class_counts, max_margin), scale=scale, **keywords)
+        super().__init__(**with_own(type(self), keywords, margin=ldam_margins(class_counts, max_margin), scale=scale))
 
 
 class CosFaceLoss(SoftmaxLoss):
@@ -426,7 +425,7 @@ class CosFaceLoss(SoftmaxLoss):
     """
 
     def __init__(self, margin: float | Tensor = 0.35, scale: float = 64.0, **keywords: Any) -> None:
-        super().__init__(margin=margin, scale=scale, cosines=True, **keywords)
+        super().__init__(**with_own(type(self), keywords, margin=margin, scale=scale, cosines=True))
 
 
 class ArcFaceLoss(SoftmaxLoss):
@@ -452,7 +451,11 @@ class ArcFaceLoss(SoftmaxLoss):
         straight_through: bool = False,
         **keywords: Any,
     ) -> None:
-        super().__init__(margin=AngularMargin(m2=margin, straight_through=straight_through), scale=scale, **keywords)
+        super().__init__(
+            **with_own(
+                type(self), keywords, margin=AngularMargin(m2=margin, straight_through=straight_through), scale=scale
+            )
+        )
 
 
 class CircleLoss(SoftmaxLoss):
@@ -471,7 +474,7 @@ class CircleLoss(SoftmaxLoss):
     """
 
     def __init__(self, margin: float = 0.25, scale: float = 256.0, detach: bool = True, **keywords: Any) -> None:
-        super().__init__(margin=CircleMargin(margin, detach), scale=scale, **keywords)
+        super().__init__(**with_own(type(self), keywords, margin=CircleMargin(margin, detach), scale=scale))
 
 
 class VSLoss(SoftmaxLoss):
@@ -498,4 +501,4 @@ class VSLoss(SoftmaxLoss):
         **keywords: Any,
     ) -> None:
         prior = Prior(class_counts, tau, zero_count)
-        super().__init__(prior=prior, factor=vs_factors(prior, gamma), **keywords)
+        super().__init__(**with_own(type(self), keywords, prior=prior, factor=vs_factors(prior, gamma)))

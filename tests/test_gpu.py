@@ -7,6 +7,11 @@ the CUDA ones where IMBALANCE_KERNELS_EMULATED names their emulation.
 """
 
 import math
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import oracle
 import pytest
@@ -272,6 +277,94 @@ def test_in_a_graph(num_classes, reduction, impl):
             upstream.uniform_()
         graph.replay()
         assert torch.equal(found, step())
+
+
+# In a process of its own: each case is the first use of its kernels, by which they are loaded and told of their shared
+# memory and clusters, and all are captured before any has run. On a CPU there is nothing to capture, only to compare.
+FIRST_USE = """
+import sys
+import torch
+import imbalance_kernels as ik
+
+device = torch.device(sys.argv[1])
+half = (torch.bfloat16, torch.float16)
+captured = []
+for num_classes, dtype, reduction in (
+    (91, torch.float32, "mean"),
+    (1000, half[0], "mean"),
+    (1000, half[1], "mean"),
+    (32000, half[0], "none"),
+    (128256, torch.float32, "mean"),
+    (128256, half[0], "mean"),
+    (300000, torch.float32, "none"),
+):
+    prior = torch.softmax(torch.randn(num_classes), 0)
+    loss = ik.FocalLoss(prior=prior, reduction=reduction, label_smoothing=0.1, impl="cuda").to(device)
+    x = torch.randn(4, num_classes, device=device).to(dtype).requires_grad_()
+    target = torch.randint(num_classes, (4,), device=device)
+    upstream = torch.rand((4,) if reduction == "none" else (), device=device)
+    torch.autograd.grad((x * 2).float().sum(), x)  # torch's own first use is not what is tried
+
+    def step(loss=loss, x=x, target=target, upstream=upstream):
+        value = loss(x, target)
+        return value.detach(), torch.autograd.grad(value, x, upstream)[0]
+
+    graph = None
+    if device.type == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = step()
+    else:
+        found = step()
+    captured.append((graph, found, step))
+for graph, found, step in captured:
+    if graph is not None:
+        for tensor in found:
+            tensor.zero_()
+        graph.replay()
+    right = step()
+    assert all(torch.equal(a, b) and a.isfinite().all() and a.any() for a, b in zip(found, right, strict=True))
+print("compared", len(captured))
+"""
+
+
+# Triton compiles at the first use, which torch asks to have done before a capture (test_in_a_graph).
+@pytest.mark.skipif("cuda" not in IMPLEMENTATIONS, reason="the CUDA kernels have no stand-in here")
+def test_the_first_use_may_be_in_a_graph():
+    call = [sys.executable, "-c", FIRST_USE, DEVICE]
+    done = subprocess.run(call, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0 and "compared 7" in done.stdout, done.stderr[-3000:]
+
+
+@needs_device
+@each_impl
+@pytest.mark.parametrize(
+    "shapes", [((64, 91), (64, 1000)), ((40, 1000), (40, 32000)), ((8, 32000), (8, 128256))], ids=str
+)
+def test_two_threads_do_not_meet(shapes, impl):
+    """Each with its own number of classes and stream: the same bits as one after the other."""
+    loss = ik.FocalLoss(label_smoothing=0.1, impl=impl)
+    cases = [
+        (torch.randn(shape, device=DEVICE).requires_grad_(), torch.randint(shape[1], shape[:1], device=DEVICE))
+        for shape in shapes
+    ]
+
+    def step(x, target):
+        value = loss(x, target)
+        return value.detach(), torch.autograd.grad(value, x)[0]
+
+    right = [step(*case) for case in cases]
+    both_are_there = threading.Barrier(2)
+
+    def repeat(case, right):
+        both_are_there.wait(timeout=60)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            found = [step(*case) for _ in range(REPETITIONS)]
+            return all(torch.equal(a, b) for pair in found for a, b in zip(pair, right, strict=True))
+
+    torch.cuda.synchronize()  # the streams are the threads' own, and know nothing of what was made before
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(repeat, cases, right)) == [True, True]
 
 
 @needs_device

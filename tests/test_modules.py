@@ -5,6 +5,7 @@ import inspect
 import math
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -1080,11 +1081,57 @@ def test_an_error_names_the_argument(case):
 
 @each(LOSSES)
 def test_an_unknown_keyword_raises(loss):
+    """Under the name that was called, and with the one that was meant."""
     x, target = inputs(loss)
-    with pytest.raises(TypeError, match="label_smooting"):
-        loss.module(**loss.arguments, label_smooting=0.1)
-    with pytest.raises(TypeError, match="label_smooting"):
-        loss.function(x, target, **loss.arguments, label_smooting=0.1)
+    for called, call in ((loss.module, loss.module), (loss.function, partial(loss.function, x, target))):
+        for wrong, right in (("label_smooting", "label_smoothing"), ("temperature", ".*, scale, .*")):
+            message = f"{called.__name__} has no keyword {wrong}: use {right}$"
+            if called in (ik.SoftmaxLoss, F.softmax_loss):  # Python's own error
+                message = rf"{called.__name__}.*\(\) got an unexpected keyword argument '{wrong}'"
+            with pytest.raises(TypeError, match=f"^{message}"):
+                call(**loss.arguments, **{wrong: 0.1})
+
+
+@each({name: loss for name, loss in LOSSES.items() if loss.module is not ik.SoftmaxLoss})
+def test_what_belongs_to_the_call_is_not_taken_before(loss):
+    message = f"^{loss.module.__name__} takes sample_weight when it is called"
+    with pytest.raises(TypeError, match=message):
+        loss.module(**loss.arguments, sample_weight=torch.ones(13))
+
+
+# What a loss sets itself, and an argument of its own that its error names.
+SETS = {
+    "CrossEntropyLoss": ("objective", "label_smoothing"),
+    "BalancedSoftmaxLoss": ("prior", "class_counts"),
+    "FocalLoss": ("objective", "gamma"),
+    "HardTruncationLoss": ("objective", "threshold"),
+    "SoftTruncationLoss": ("objective", "sharpness"),
+    "PolyLoss": ("objective", "epsilon"),
+    "GeneralizedCrossEntropyLoss": ("objective", "q"),
+    "SmoothAccuracyLoss": ("objective", ""),
+    "LDAMLoss": ("margin", "max_margin"),
+    "CosFaceLoss": ("cosines", "margin"),
+    "VSLoss": ("factor", "gamma"),
+}
+
+
+@each({name: loss for name, loss in LOSSES.items() if loss.module.__name__ in SETS})
+def test_what_a_loss_sets_itself_cannot_be_given(loss):
+    x, target = inputs(loss)
+    name, own = SETS[loss.module.__name__]
+    for called, call in ((loss.module, loss.module), (loss.function, partial(loss.function, x, target))):
+        with pytest.raises(TypeError, match=rf"^{called.__name__} sets {name} itself.*{own}"):
+            call(**loss.arguments, **{name: 0.1})
+
+
+def test_an_error_names_the_subclass_that_was_called():
+    class Mine(ik.LDAMLoss):
+        pass
+
+    with pytest.raises(
+        TypeError, match="^Mine sets margin itself; its own arguments are class_counts, max_margin, scale$"
+    ):
+        Mine([1, 2, 3], margin=0.1)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

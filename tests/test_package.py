@@ -138,12 +138,68 @@ def test_the_gpus_that_the_cuda_kernels_serve(built, served, monkeypatch):
         major, minor = map(int, capability.split("."))
         properties = SimpleNamespace(major=major, minor=minor)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=properties: found)
+        monkeypatch.setattr(implementation, "_SERVED", {})
         if capability in served:
             assert implementation.choose(None, logits) == implementation.choose("cuda", logits) == "cuda"
             continue
         assert implementation.choose(None, logits) == "triton"
         with pytest.raises(ValueError if built else RuntimeError, match="impl='cuda'.*use impl='triton'"):
             implementation.choose("cuda", logits)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Two GPUs, of which the kernels serve the second; the list of the questions that they were asked."""
+    monkeypatch.setattr(implementation, "_EMULATED_CUDA", None)
+    monkeypatch.setattr(implementation, "_CUDA_TARGETS", "sm_90")
+    monkeypatch.setattr(implementation, "_SERVED", {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    questions = []
+
+    def properties(device):
+        questions.append(device)
+        return SimpleNamespace(major=8 + device.index, minor=0)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    return questions
+
+
+def test_a_gpu_is_asked_once(asked):
+    devices = [torch.device("cuda", index) for index in (0, 1)]
+    for _ in range(3):
+        assert [implementation._cuda_serves(device) for device in devices] == [False, True]
+    assert asked == devices
+
+
+def test_a_gpu_that_did_not_answer_is_asked_again(asked, monkeypatch):
+    device = torch.device("cuda", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "get_device_properties", lambda device: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            implementation._cuda_serves(device)
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        assert not implementation._cuda_serves(device)
+    assert implementation._cuda_serves(device)
+
+
+def test_a_compiled_choice_is_not_compiled_again_for_what_is_remembered(monkeypatch):
+    monkeypatch.setattr(implementation, "_EMULATED_CUDA", None)
+    monkeypatch.setattr(implementation, "_CUDA_TARGETS", "sm_90")
+    monkeypatch.setattr(implementation, "_SERVED", {})
+    gpu = SimpleNamespace(major=9, minor=0)
+    cuda = SimpleNamespace(is_available=lambda: True, get_device_properties=lambda device: gpu)
+    # Not torch.cuda itself, which the compiler asks too.
+    monkeypatch.setattr(implementation, "torch", SimpleNamespace(cuda=cuda, compiler=torch.compiler))
+    device, compiled = torch.device("cuda", 0), []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    step = torch.compile(lambda x: x + implementation._cuda_serves(device), backend=backend, fullgraph=True)
+    x = torch.ones(3)
+    assert step(x).tolist() == [2, 2, 2] and implementation._cuda_serves(device) and step(x).tolist() == [2, 2, 2]
+    assert len(compiled) == 1
 
 
 # ---------------------------------------------------------------- the binary
@@ -255,6 +311,17 @@ except RuntimeError as error:
     run = python(code, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert "impl='cpu' needs the compiled extension" in run.stdout
+
+
+# ---------------------------------------------------------------- the commands
+
+
+def test_make_help_shows_every_command_first_things_first():
+    shown = [line.split(maxsplit=2) for line in _output("make", "-C", str(ROOT), "-s", "help").splitlines()]
+    shown = {words[1]: words[2] for words in shown if words[0] == "make"}
+    documented = re.findall(r"^([a-z-]+):.*## (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert shown == dict(documented)
+    assert list(shown)[:4] == ["help", "demo", "test", "bench"]
 
 
 # ---------------------------------------------------------------- the build

@@ -8,6 +8,7 @@ LIBRARY is made of csrc/cuda and csrc/bindings.cpp, where it is older than they 
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,6 +28,8 @@ def make_library(output: Path) -> None:
     inputs = [path for folder in (build.CSRC, build.EMULATION) for path in folder.rglob("*") if path.is_file()]
     if output.exists() and output.stat().st_mtime > max(path.stat().st_mtime for path in inputs):
         return
+    print("compiling the CUDA kernels for the CPU, which takes 1-2 minutes on 2 cores ...", flush=True)
+    begin = time.perf_counter()
     flags = [*build.SANITIZERS["address"], "-fPIC", '-DIMBALANCE_WITH_CUDA="emulated"', "-DIMBALANCE_EMULATED"]
     for path in cpp_extension.include_paths():
         flags += ["-isystem", path]
@@ -43,6 +46,7 @@ def make_library(output: Path) -> None:
     link += [f"-L{libraries}", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{libraries}"]
     subprocess.run(list(map(str, link)), check=True)
     os.replace(output.with_suffix(".part"), output)
+    print(f"compiled in {time.perf_counter() - begin:.0f} s", flush=True)
 
 
 def main() -> int:
