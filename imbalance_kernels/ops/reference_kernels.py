@@ -5,6 +5,8 @@ What kernels do in place is done with temporaries here, by autograd: `imbalance_
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,18 +32,19 @@ def softmax_loss(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 def softmax_loss_(logits: Tensor, *arguments: Any) -> Tensor:
     """Return the loss, with the gradient in the logits' memory."""
-    with torch.enable_grad():
+    call = LossArguments(*arguments)
+    with _autograd():
         x = logits.detach().requires_grad_()
-        loss = _loss(x, LossArguments(*arguments))
+        loss = _loss(x, call)
         (d_logits,) = torch.autograd.grad(loss, x)
-    logits.copy_(d_logits)
+    logits.copy_(d_logits if call.normalizer is None else torch.where(call.normalizer == 0, 0.0, d_logits))
     return loss.detach()
 
 
 def softmax_loss_backward_(logits: Tensor, *arguments: Any) -> None:
     """Overwrite the logits by their gradient, for an upstream gradient, the last argument."""
     *call, upstream = arguments
-    with torch.enable_grad():
+    with _autograd():
         x = logits.detach().requires_grad_()
         (d_logits,) = torch.autograd.grad(_loss(x, LossArguments(*call)), x, upstream)
     logits.copy_(d_logits)
@@ -57,13 +60,21 @@ def target_and_rest(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 def target_and_rest_backward_(logits: Tensor, *arguments: Any) -> None:
     """Overwrite the logits by their gradient, for upstream gradients, the last three arguments."""
     *call, _rest, _shift, d_target, d_rest, d_weighted_logits = arguments
-    with torch.enable_grad():
+    with _autograd():
         x = logits.detach().requires_grad_()
         target_logit, rest, _, weighted_logits, _ = target_and_rest(x, *call)
         outputs, upstreams = (target_logit, rest, weighted_logits), (d_target, d_rest, d_weighted_logits)
         used = [pair for pair in zip(outputs, upstreams, strict=True) if pair[0].requires_grad]
         (d_logits,) = torch.autograd.grad([output for output, _ in used], x, [upstream for _, upstream in used])
     logits.copy_(d_logits)
+
+
+@contextmanager
+def _autograd() -> Iterator[None]:
+    """Record, also where a dispatch mode (a counter, a check of schemas) switched autograd off below itself."""
+    autograd = torch._C.DispatchKey.AutogradFunctionality
+    with torch._C._SetExcludeDispatchKeyGuard(autograd, False), torch.enable_grad():
+        yield
 
 
 def _loss(logits: Tensor, call: LossArguments) -> Tensor:
