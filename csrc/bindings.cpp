@@ -244,16 +244,19 @@ double divisor_of(const cpu::LossArguments& loss, int64_t rows) {
   });
 }
 
+// Page faults on fresh memory cost more than the arithmetic: asks for huge pages.
+void ask_for_huge_pages([[maybe_unused]] uintptr_t begin, [[maybe_unused]] size_t bytes) {
+#if defined(__linux__)
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = (begin + bytes) / kHugePage * kHugePage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 struct Cpu {
-  // Page faults on fresh memory cost more than the arithmetic: asks for huge pages.
   static Tensor empty_gradient(const Tensor& logits) {
     Tensor gradient = at::empty(logits.sizes(), logits.options());
-#if defined(__linux__)
-    const auto begin = reinterpret_cast<uintptr_t>(gradient.mutable_data_ptr());
-    const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
-    const uintptr_t last = (begin + gradient.nbytes()) / kHugePage * kHugePage;
-    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
+    ask_for_huge_pages(reinterpret_cast<uintptr_t>(gradient.mutable_data_ptr()), gradient.nbytes());
     return gradient;
   }
 
@@ -573,6 +576,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info, "Compiler, torch version and instruction set in use.");
   m.def("instruction_sets", &instruction_sets, "The instruction sets in this binary.");
   m.def("objective_names", &objective_names, "The objectives that the kernels know, in their order.");
+  m.def("ask_for_huge_pages", &ask_for_huge_pages, "For fresh memory, by its address and size, before its first use.");
 }
 
 #endif

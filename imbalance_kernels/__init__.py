@@ -7,6 +7,7 @@ loss = ik.LogitAdjustedLoss(class_counts)      # in place of torch.nn.CrossEntro
 from imbalance_kernels import functional, objectives, priors
 from imbalance_kernels import implementation as _implementation  # loads the extension, which registers the operations
 from imbalance_kernels.implementation import show_config
+from imbalance_kernels.linear import LinearLoss, RadiusMarginLoss
 from imbalance_kernels.logit_map import AngularMargin
 from imbalance_kernels.modules import (
     ArcFaceLoss,
@@ -40,9 +41,11 @@ __all__ = [
     "GeneralizedCrossEntropyLoss",
     "HardTruncationLoss",
     "LDAMLoss",
+    "LinearLoss",
     "LogitAdjustedLoss",
     "PolyLoss",
     "Prior",
+    "RadiusMarginLoss",
     "SmoothAccuracyLoss",
     "SoftTruncationLoss",
     "SoftmaxLoss",

@@ -17,6 +17,7 @@ from imbalance_kernels.logit_map import AngularMargin, CircleMargin, LogitMap, M
 from imbalance_kernels.objectives import Objective
 from imbalance_kernels.ops import softmax_loss as softmax_loss_op
 from imbalance_kernels.ops.checks import check_class_vector
+from imbalance_kernels.ops.linear import linear_loss, linear_split, prepare_linear
 from imbalance_kernels.ops.softmax_loss import prepare
 from imbalance_kernels.ops.target_and_rest import split_rows
 from imbalance_kernels.ops.two_temperatures import FORMS, two_temperature_loss
@@ -34,6 +35,9 @@ __all__ = [
     "generalized_cross_entropy",
     "hard_truncation_loss",
     "ldam_loss",
+    "linear_cross_entropy",
+    "linear_log_probs",
+    "linear_target_and_rest",
     "logit_adjusted_loss",
     "poly_loss",
     "smooth_accuracy_loss",
@@ -503,3 +507,144 @@ def target_log_probs(input: Tensor, target: Tensor, **keywords: Any) -> Tensor:
         >>> log_probs = target_log_probs(torch.randn(2, 5, 3), torch.randint(3, (2, 5)), class_dim=-1)
     """
     return target_and_rest(input, target, **keywords).log_prob
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = -100,
+    label_smoothing: float = 0.0,
+    sample_weight: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+    chunk_bytes: int | None = None,
+    accumulate: str = "float32",
+    impl: str | None = None,
+    **keywords: Any,
+) -> Tensor:
+    """``loss = cross_entropy(input linear_weight^T + linear_bias, target)`` without the logits.
+
+    torch.nn.functional.linear_cross_entropy with its arguments, for a weight (C, D); other losses have it as a method,
+    `loss.linear`.
+
+    Args:
+        input: (..., D).
+        linear_weight: (C, D).
+        target: class indices (...) or class probabilities (..., C).
+        linear_bias: (C,).
+        weight: class weights (C,).
+        reduction: see `softmax_loss`.
+        ignore_index: see `softmax_loss`; None is -100.
+        label_smoothing: see `softmax_loss`.
+        sample_weight: weights of rows, of target's shape.
+        normalizer: replaces the divisor, see `softmax_loss`.
+        chunk_bytes: memory for a chunk's logits, see `imbalance_kernels.SoftmaxLoss.linear`.
+        accumulate: "float32" or "weight", see there.
+        impl: "reference", "cpu", "cuda", "triton" or None for the best one available.
+        keywords: the other keyword arguments of `softmax_loss` that describe a loss: prior, margin, softcap, ...
+
+    Raises:
+        ValueError, TypeError, IndexError: as `softmax_loss` does.
+
+    Example:
+        >>> head = torch.nn.Linear(8, 100, bias=False)
+        >>> loss = linear_cross_entropy(torch.randn(4, 8), head.weight, torch.tensor([5, 0, 99, 7]))
+        >>> loss.backward()
+    """
+    options = options_of(
+        weight=weight,
+        reduction=reduction,
+        ignore_index=-100 if ignore_index is None else ignore_index,
+        label_smoothing=label_smoothing,
+        **keywords,
+    )
+    return linear_loss(
+        input,
+        linear_weight,
+        target,
+        linear_bias,
+        options,
+        sample_weight=sample_weight,
+        normalizer=normalizer,
+        chunk_bytes=chunk_bytes,
+        accumulate=accumulate,
+        impl=impl,
+    )
+
+
+def linear_target_and_rest(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    chunk_bytes: int | None = None,
+    accumulate: str = "float32",
+    impl: str | None = None,
+) -> TargetAndRest:
+    """`target_and_rest` of the logits ``input linear_weight^T + linear_bias``, which are never held.
+
+    Write any loss on it in plain PyTorch; backward makes the logits again, a chunk at a time, for whatever upstream
+    gradients.
+
+    Args:
+        input: (..., D).
+        linear_weight: (C, D).
+        target: class indices (...).
+        linear_bias: (C,), learned; `bias` is a constant added after scale and soft cap.
+        scale: see `target_and_rest`.
+        bias: see `target_and_rest`.
+        softcap: see `target_and_rest`.
+        ignore_index: see `target_and_rest`.
+        chunk_bytes: memory for a chunk's logits, see `imbalance_kernels.SoftmaxLoss.linear`.
+        accumulate: "float32" or "weight", see there.
+        impl: "reference", "cpu", "cuda", "triton" or None for the best one available.
+
+    Returns:
+        TargetAndRest of target's shape in float32 (float64 for float64).
+
+    Example:
+        >>> head = torch.nn.Linear(8, 100, bias=False)
+        >>> split = linear_target_and_rest(torch.randn(4, 8), head.weight, torch.tensor([5, 0, 99, 7]))
+        >>> torch.relu(1 - split.log_odds).mean().backward()  # a loss of your own
+    """
+    if target.is_floating_point():
+        raise ValueError("target holds class probabilities, but linear_target_and_rest needs class indices")
+    if linear_weight.dim() == 2:  # else prepare_linear says so
+        check_class_vector("bias", bias, linear_weight.shape[0])
+    options = SoftmaxOptions(
+        objective=objectives.CrossEntropy(),  # not read; torch.compile cannot take it from the field's default
+        logit_map=LogitMap(scale=float(scale), bias=bias, softcap=softcap),
+        ignore_index=ignore_index,
+    )
+    linear, rows, options = prepare_linear(
+        input, linear_weight, target, linear_bias, options, chunk_bytes=chunk_bytes, accumulate=accumulate, impl=impl
+    )
+    split = linear_split(linear, rows.target, options)
+    return TargetAndRest(*(vector.reshape(rows.shape) for vector in split[:3]))
+
+
+def linear_log_probs(input: Tensor, linear_weight: Tensor, target: Tensor, **keywords: Any) -> Tensor:
+    """Return ``log p_t`` of target's shape, differentiable, 0 for ignored rows: of preference and policy training.
+
+    Args:
+        input: (..., D).
+        linear_weight: (C, D).
+        target: class indices (...).
+        keywords: those of `linear_target_and_rest`; ``scale`` is an inverse temperature.
+
+    Example:
+        >>> head = torch.nn.Linear(8, 100, bias=False)
+        >>> log_probs = linear_log_probs(torch.randn(2, 5, 8), head.weight, torch.randint(100, (2, 5)))
+        >>> log_probs.sum(dim=1).shape
+        torch.Size([2])
+    """
+    return linear_target_and_rest(input, linear_weight, target, **keywords).log_prob

@@ -18,8 +18,9 @@ from imbalance_kernels import objectives
 from imbalance_kernels.keywords import legacy_reduction, options_of, reject_alpha, with_own
 from imbalance_kernels.logit_map import AngularMargin, CircleMargin, Margin
 from imbalance_kernels.objectives import Objective
+from imbalance_kernels.ops.linear import linear_loss
 from imbalance_kernels.ops.softmax_loss import softmax_loss
-from imbalance_kernels.ops.two_temperatures import FORMS, two_temperature_loss
+from imbalance_kernels.ops.two_temperatures import FORMS, linear_two_temperature_loss, two_temperature_loss
 from imbalance_kernels.options import SoftmaxOptions
 from imbalance_kernels.priors import Prior, chosen_prior, ldam_margins, vs_factors
 
@@ -53,6 +54,7 @@ class SoftmaxLoss(torch.nn.Module):
         ignore_index, reduction, label_smoothing, prior, margin, scale, factor, softcap, z_loss, cosines: see
             imbalance_kernels.functional.softmax_loss.
         class_dim, inplace, impl: see there.
+        chunk_bytes, accumulate: of `linear`, see there.
 
     Raises:
         TypeError: an unknown keyword.
@@ -87,6 +89,8 @@ class SoftmaxLoss(torch.nn.Module):
         class_dim: int = 1,
         inplace: bool = False,
         impl: str | None = None,
+        chunk_bytes: int | None = None,
+        accumulate: str = "float32",
     ) -> None:
         super().__init__()
         options = options_of(
@@ -100,6 +104,8 @@ class SoftmaxLoss(torch.nn.Module):
         self.class_dim = class_dim
         self.inplace = inplace
         self.impl = impl
+        self.chunk_bytes = chunk_bytes
+        self.accumulate = accumulate
         self._exact = options.to(torch.device("cpu"), torch.float64)  # the objective and the logit map
         for name in CLASS_VECTORS:
             self.register_buffer(f"_{name}", None, persistent=False)
@@ -128,6 +134,56 @@ class SoftmaxLoss(torch.nn.Module):
             sample_weight=sample_weight,
             normalizer=normalizer,
             class_dim=self.class_dim,
+            impl=self.impl,
+        )
+
+    def linear(
+        self,
+        input: Tensor,
+        linear_weight: Tensor,
+        target: Tensor,
+        linear_bias: Tensor | None = None,
+        *,
+        sample_weight: Tensor | None = None,
+        normalizer: Tensor | float | None = None,
+    ) -> Tensor:
+        """Return the loss of the logits ``input linear_weight^T + linear_bias``, which are never held.
+
+        Rows go through one buffer of `chunk_bytes` (None: 256 MB on a CPU, 1 GB on a GPU, and at least 128 rows). With
+        "mean" and "sum" the gradients are made in forward, in three products; with "none" backward makes the logits
+        again. On a GPU rows that are ignored are multiplied all the same.
+
+        Args:
+            input: (..., D); under autocast it is cast as a linear layer's would be.
+            linear_weight: (C, D), of input's dtype, or float32 with an input in half precision. For halves its gradient
+                is summed in float32 and rounded once (``accumulate="float32"``, an argument of the module), or summed
+                in its own dtype (``accumulate="weight"``), which saves that sum's memory.
+            target: class indices (...), or for cross-entropy class probabilities (..., C).
+            linear_bias: (C,).
+            sample_weight: weights of rows, of target's shape.
+            normalizer: a number or tensor () that replaces the divisor of "mean" and "sum"; 0 gives 0.
+
+        Returns:
+            The loss, () or of target's shape for reduction="none"; float32 for half-precision input.
+
+        Raises:
+            ValueError, TypeError, IndexError: as in forward; a DTensor.
+
+        Example:
+            >>> head = torch.nn.Linear(8, 100, bias=False)
+            >>> loss = FocalLoss().linear(torch.randn(4, 8), head.weight, torch.tensor([5, 0, 99, 7]))
+            >>> loss.backward()
+        """
+        return linear_loss(
+            input,
+            linear_weight,
+            target,
+            linear_bias,
+            self._options(input),
+            sample_weight=sample_weight,
+            normalizer=normalizer,
+            chunk_bytes=self.chunk_bytes,
+            accumulate=self.accumulate,
             impl=self.impl,
         )
 
@@ -344,6 +400,35 @@ class SoftTruncationLoss(SoftmaxLoss):
             sample_weight=sample_weight,
             normalizer=normalizer,
             class_dim=self.class_dim,
+            impl=self.impl,
+        )
+
+    def linear(
+        self,
+        input: Tensor,
+        linear_weight: Tensor,
+        target: Tensor,
+        linear_bias: Tensor | None = None,
+        *,
+        sample_weight: Tensor | None = None,
+        normalizer: Tensor | float | None = None,
+    ) -> Tensor:
+        """Return the fused loss, see `SoftmaxLoss.linear`; the logits of two temperatures are made twice."""
+        if self.form == "log_odds":
+            return super().linear(
+                input, linear_weight, target, linear_bias, sample_weight=sample_weight, normalizer=normalizer
+            )
+        return linear_two_temperature_loss(
+            input,
+            linear_weight,
+            target,
+            linear_bias,
+            self._options(input),
+            self.form,
+            sample_weight=sample_weight,
+            normalizer=normalizer,
+            chunk_bytes=self.chunk_bytes,
+            accumulate=self.accumulate,
             impl=self.impl,
         )
 

@@ -61,6 +61,11 @@ class Objective:
         """Return the parameters as kernels take them (csrc/objectives.h, triton_kernels/objectives.py)."""
         return self.parameters()
 
+    @classmethod
+    def from_kernel_parameters(cls, *parameters: float) -> Objective:
+        """Return the objective of `kernel_parameters`."""
+        return cls(*parameters)
+
     def class_parameter(self) -> Tensor | None:
         """Return the (C,) tensor of a per-class first parameter, or None."""
         first = next(iter(self.parameters()), None)
@@ -197,6 +202,12 @@ class HardTruncation(Objective):
     def kernel_parameters(self) -> tuple[Any, ...]:
         """Return logit(threshold)."""
         return (self._limit(),)
+
+    @classmethod
+    def from_kernel_parameters(cls, *parameters: float) -> Objective:
+        """Return the objective of a logit(threshold)."""
+        (limit,) = parameters
+        return cls(math.exp(limit) / (1 + math.exp(limit)) if limit < 0 else 1 / (1 + math.exp(-limit)))
 
     def _limit(self) -> float:
         return math.inf if self.threshold == 1 else math.log(self.threshold) - math.log1p(-self.threshold)

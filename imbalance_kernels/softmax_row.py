@@ -14,7 +14,7 @@ from torch import Tensor
 from imbalance_kernels.objectives import evaluate
 from imbalance_kernels.options import SoftmaxOptions
 
-__all__ = ["RowSplit", "RowTargets", "reduce_rows", "row_losses"]
+__all__ = ["RowSplit", "RowTargets", "reduce_rows", "row_losses", "row_weights"]
 
 
 class RowSplit(NamedTuple):
@@ -97,16 +97,19 @@ def reduce_rows(
         return total / torch.where(zero, torch.ones_like(normalizer), normalizer)
     if options.reduction == "sum":
         return losses.sum()
-    return losses.sum() / _divisor(losses, targets, options, sample_weight)
+    return losses.sum() / row_weights(torch.ones_like(losses), targets, options, sample_weight).sum()
 
 
-def _divisor(
-    losses: Tensor, targets: RowTargets | None, options: SoftmaxOptions, sample_weight: Tensor | None
+def row_weights(
+    ones: Tensor,  # (N,)
+    targets: RowTargets | None,
+    options: SoftmaxOptions,
+    sample_weight: Tensor | None,  # (N,)
 ) -> Tensor:
-    """Return the mean's divisor (): the sum of sample weight * class weight over valid rows, as torch has it."""
-    rows = torch.ones_like(losses) if sample_weight is None else sample_weight
+    """Return what a row counts for in a mean (N,), as torch has it: sample weight * class weight, 0 where not valid."""
+    rows = ones if sample_weight is None else sample_weight
     if targets is None:
-        return rows.sum()
+        return rows
     if options.weight is not None:
         rows = rows * options.weight[targets.indices]
-    return torch.where(targets.valid, rows, torch.zeros_like(rows)).sum()
+    return torch.where(targets.valid, rows, torch.zeros_like(rows))

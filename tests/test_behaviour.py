@@ -1108,7 +1108,9 @@ def test_opcheck_an_angle():
 
 def test_every_operation_is_checked():
     registered = {
-        name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "imbalance_k" in name
+        name.split("::")[1].split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if "imbalance_k" in name and "imbalance_kernels_linear::" not in name  # tests/test_linear.py
     }
     assert registered == {op.split()[0] for op in OP_CALLS} | {"scale_"}
 

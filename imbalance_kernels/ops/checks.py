@@ -12,13 +12,16 @@ from torch import Tensor
 from imbalance_kernels.logit_map import CircleMargin
 from imbalance_kernels.objectives import CrossEntropy
 from imbalance_kernels.options import LOGIT_DTYPES, SoftmaxOptions, accumulate_dtype
+from imbalance_kernels.softmax_row import RowTargets
 
 __all__ = [
     "Rows",
+    "as_linear_rows",
     "as_rows",
     "check_class_vector",
     "check_cosines",
     "check_inplace",
+    "check_linear_cosines",
     "check_options",
     "check_range",
     "check_row_tensors",
@@ -86,6 +89,80 @@ def as_rows(input: Tensor, target: Tensor, class_dim: int) -> Rows:
     return Rows(logits, rows_of_target.reshape(num_rows).to(torch.int64), shape, owned)
 
 
+def as_linear_rows(input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None) -> Rows:
+    """Return input (..., D) as rows (N, D), in autocast's dtype where that is on, and target as rows.
+
+    The layer's weight (C, D) and bias (C,) are checked. They keep their dtype: a master copy in float32 goes with an
+    input of halves.
+    """
+    _check_not_distributed(input, linear_weight, target, linear_bias)
+    if input.dtype not in LOGIT_DTYPES:
+        raise TypeError(f"input has dtype {input.dtype}, but it must be one of {', '.join(map(str, LOGIT_DTYPES))}")
+    if linear_weight.dim() != 2:
+        raise ValueError(
+            f"linear_weight has shape {tuple(linear_weight.shape)}, but it must be (num_classes, in_features)"
+        )
+    num_classes, in_features = linear_weight.shape
+    if input.dim() == 0 or input.shape[-1] != in_features:
+        raise ValueError(
+            f"input has shape {tuple(input.shape)}, but with linear_weight {tuple(linear_weight.shape)} it must be "
+            f"(..., {in_features})"
+        )
+    if linear_bias is not None and linear_bias.shape != (num_classes,):
+        raise ValueError(f"linear_bias has shape {tuple(linear_bias.shape)}, but it must be ({num_classes},)")
+    for name, tensor in (("linear_weight", linear_weight), ("target", target), ("linear_bias", linear_bias)):
+        if tensor is not None and tensor.device != input.device:
+            raise ValueError(f"{name} is on {tensor.device}, but input is on {input.device}")
+    if torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
+        input = input.to(torch.get_autocast_dtype(input.device.type))
+    for name, tensor in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
+        if tensor is not None and tensor.dtype != input.dtype:
+            _check_master_copy(name, tensor, input)
+    shape = input.shape[:-1]
+    num_rows = math.prod(shape)
+    rows = input.reshape(num_rows, in_features)
+    if target.is_floating_point():
+        if target.shape != (*shape, num_classes):
+            raise ValueError(
+                f"target holds class probabilities ({target.dtype}) of shape {tuple(target.shape)}, but with input "
+                f"{tuple(input.shape)} and {num_classes} classes they must be {(*shape, num_classes)}"
+            )
+        if target.requires_grad:
+            raise ValueError("target requires grad, but class probabilities are constants: pass target.detach()")
+        return Rows(rows, target.reshape(num_rows, num_classes).contiguous(), shape, False)
+    if target.dtype not in (torch.int64, torch.int32):
+        raise TypeError(
+            f"target has dtype {target.dtype}, but it must be int64 or int32 class indices, or floating point"
+        )
+    if target.shape != shape:
+        raise ValueError(
+            f"target has shape {tuple(target.shape)}, but with input {tuple(input.shape)} it must be {tuple(shape)}"
+        )
+    return Rows(rows, target.reshape(num_rows).to(torch.int64), shape, False)
+
+
+def _check_not_distributed(input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None) -> None:
+    if any(type(tensor).__name__ == "DTensor" for tensor in (linear_weight, linear_bias)):
+        raise TypeError(
+            "linear_weight or linear_bias is a DTensor, whose sharded form does not exist yet: pass "
+            "linear_weight.full_tensor(), or let FSDP gather the layer by calling a module that owns it (LinearLoss)"
+        )
+    if any(type(tensor).__name__ == "DTensor" for tensor in (input, target)):
+        raise TypeError(
+            "input or target is a DTensor, whose sharded form does not exist yet: pass input.to_local() where each "
+            "rank holds whole rows, or input.full_tensor()"
+        )
+
+
+def _check_master_copy(name: str, tensor: Tensor, input: Tensor) -> None:
+    halves = (torch.bfloat16, torch.float16)
+    if not (input.dtype in halves and tensor.dtype in (torch.float32, *halves)):
+        raise TypeError(
+            f"{name} has dtype {tensor.dtype}, but input has {input.dtype}: they must be of one dtype, or {name} "
+            "float32 with an input in half precision"
+        )
+
+
 def check_options(options: SoftmaxOptions, num_classes: int, target: Tensor) -> None:
     """Check everything that does not depend on the values of the logits or targets."""
     if options.reduction not in REDUCTIONS:
@@ -146,8 +223,8 @@ def check_row_tensors(
     return sample_weight, torch.full((), float(normalizer), dtype=dtype, device=logits.device)
 
 
-def check_range(rows: Rows, options: SoftmaxOptions) -> None:
-    """Check that class indices are in [0, C) or ignored. The CPU kernels do it themselves.
+def check_range(rows: Rows, options: SoftmaxOptions, num_classes: int) -> None:
+    """Check that class indices are in [0, C) or ignored. The CPU kernels do it themselves, for the rows that they get.
 
     Eagerly on CPU; on an accelerator it would wait for the device, and is done only if IMBALANCE_KERNELS_CHECK=1.
 
@@ -156,7 +233,6 @@ def check_range(rows: Rows, options: SoftmaxOptions) -> None:
     """
     if rows.target.is_floating_point() or not _may_read_values(rows.logits):
         return
-    num_classes = rows.logits.shape[1]
     outside = ((rows.target < 0) | (rows.target >= num_classes)) & (rows.target != options.ignore_index)
     if bool(outside.any()):
         raise IndexError(
@@ -173,14 +249,37 @@ def check_cosines(rows: Rows, options: SoftmaxOptions) -> None:
     """
     if rows.target.is_floating_point() or not _may_read_values(rows.logits):
         return
-    num_classes = rows.logits.shape[1]
-    counted = (rows.target >= 0) & (rows.target < num_classes) & (rows.target != options.ignore_index)
-    cosines = rows.logits.detach().gather(1, torch.where(counted, rows.target, 0)[:, None]).squeeze(1)
-    beyond = (cosines.abs() > 1 + COSINE_TOLERANCE) & counted & torch.isfinite(cosines)
+    targets = RowTargets.of(rows.target, rows.logits.shape[1], options.ignore_index)
+    cosines = rows.logits.detach().gather(1, targets.indices[:, None]).squeeze(1)
+    _check_range_of_cosines(cosines, targets, "input holds", "before the last product")
+
+
+def check_linear_cosines(
+    rows: Rows, linear_weight: Tensor, linear_bias: Tensor | None, options: SoftmaxOptions
+) -> None:
+    """The same of a linear layer, whose input is `rows.logits` (N, D).
+
+    Raises:
+        ValueError: a target's logit is outside [-1, 1], or there is a bias.
+    """
+    if linear_bias is not None:
+        raise ValueError("linear_bias is given, but this loss is defined on cosines: use a layer without a bias")
+    if rows.target.is_floating_point() or not _may_read_values(rows.logits):
+        return
+    targets = RowTargets.of(rows.target, linear_weight.shape[0], options.ignore_index)
+    with torch.no_grad():
+        products = rows.logits.float() * linear_weight[targets.indices].float()  # (N, D)
+    _check_range_of_cosines(
+        products.sum(dim=1), targets, "input times linear_weight is", "or use LinearLoss(cosine=True)"
+    )
+
+
+def _check_range_of_cosines(cosines: Tensor, targets: RowTargets, what: str, where: str) -> None:
+    beyond = (cosines.abs() > 1 + COSINE_TOLERANCE) & targets.valid & torch.isfinite(cosines)
     if bool(beyond.any()):
         raise ValueError(
-            f"input holds {float(cosines[beyond][0]):.4g} for a target, but this loss is defined on cosines in "
-            "[-1, 1]: normalise embeddings and class vectors before the last product"
+            f"{what} {float(cosines[beyond][0]):.4g} for a target, but this loss is defined on cosines in [-1, 1]: "
+            f"normalise embeddings and class vectors {where}"
         )
 
 

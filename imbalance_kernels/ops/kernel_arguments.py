@@ -1,15 +1,83 @@
-"""Options in the order of the kernels' schemas (csrc/bindings.cpp)."""
+"""Options in the order of the kernels' schemas (csrc/bindings.cpp), and back."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from imbalance_kernels.logit_map import AngularMargin, CircleMargin, LogitMap
+from imbalance_kernels.logit_map import AngularMargin, CircleMargin, LogitMap, Margin
+from imbalance_kernels.objectives import REGISTRY, Objective
 from imbalance_kernels.options import SoftmaxOptions
 
-__all__ = ["objective_arguments", "split_arguments"]
+__all__ = [
+    "LossArguments",
+    "SplitArguments",
+    "loss_arguments",
+    "objective_arguments",
+    "options_of_loss",
+    "options_of_split",
+    "split_arguments",
+]
+
+
+class SplitArguments(NamedTuple):
+    """What splits rows, as the schemas have it after the logits."""
+
+    target: Tensor
+    scale: float
+    factor: Tensor | None
+    bias: Tensor | None
+    softcap: float | None
+    margin_kind: str
+    margin_parameters: list[float]
+    class_margin: Tensor | None
+    class_weight: Tensor | None
+    label_smoothing: float
+    ignore_index: int
+
+    def rows(self, rows: slice | Tensor) -> SplitArguments:
+        """Return the arguments of some rows."""
+        return self._replace(target=self.target[rows])
+
+
+class LossArguments(NamedTuple):
+    """What a loss is made of, as the schemas have it after the logits."""
+
+    target: Tensor
+    scale: float
+    factor: Tensor | None
+    bias: Tensor | None
+    softcap: float | None
+    margin_kind: str
+    margin_parameters: list[float]
+    class_margin: Tensor | None
+    class_weight: Tensor | None
+    label_smoothing: float
+    ignore_index: int
+    objective: str
+    objective_parameters: list[float]
+    class_parameter: Tensor | None
+    sample_weight: Tensor | None
+    normalizer: Tensor | None
+    reduction: str
+    z_loss: float
+
+    def rows(self, rows: slice | Tensor) -> LossArguments:
+        """Return the arguments of some rows."""
+        sample_weight = None if self.sample_weight is None else self.sample_weight[rows]
+        return self._replace(target=self.target[rows], sample_weight=sample_weight)
+
+
+def loss_arguments(
+    target: Tensor,
+    options: SoftmaxOptions,
+    sample_weight: Tensor | None,
+    normalizer: Tensor | None,
+) -> LossArguments:
+    """Return the arguments of a loss."""
+    of_rows = (sample_weight, normalizer, options.reduction, options.z_loss)
+    return LossArguments(*(target, *split_arguments(options), *objective_arguments(options), *of_rows))
 
 
 def split_arguments(options: SoftmaxOptions) -> tuple[Any, ...]:
@@ -49,3 +117,46 @@ def _margin_arguments(logit_map: LogitMap) -> tuple[str, list[float], Tensor | N
     if isinstance(margin, Tensor):
         return "additive", [0.0], margin
     return "additive", [float(margin)], None
+
+
+def options_of_loss(call: LossArguments) -> SoftmaxOptions:
+    """Return the options that `loss_arguments` took apart: for the reference, where a kernel would be called."""
+    return SoftmaxOptions(
+        objective=_objective(call),
+        logit_map=_logit_map(call),
+        weight=call.class_weight,
+        label_smoothing=call.label_smoothing,
+        z_loss=call.z_loss,
+        ignore_index=call.ignore_index,
+        reduction=call.reduction,
+    )
+
+
+def options_of_split(call: SplitArguments) -> SoftmaxOptions:
+    """Return the options that `split_arguments` took apart."""
+    return SoftmaxOptions(
+        logit_map=_logit_map(call),
+        weight=call.class_weight,
+        label_smoothing=call.label_smoothing,
+        ignore_index=call.ignore_index,
+    )
+
+
+def _objective(call: LossArguments) -> Objective:
+    objective = REGISTRY[call.objective].from_kernel_parameters(*call.objective_parameters)
+    return objective.with_class_parameter(call.class_parameter)
+
+
+def _logit_map(call: SplitArguments | LossArguments) -> LogitMap:
+    return LogitMap(call.scale, call.factor, call.bias, call.softcap, _margin(call))
+
+
+def _margin(call: SplitArguments | LossArguments) -> Margin | None:
+    numbers = call.margin_parameters
+    if call.margin_kind == "angular":
+        m1, m2, m3, straight_through = numbers
+        return AngularMargin(m1, m2, m3, bool(straight_through))
+    if call.margin_kind == "circle":
+        margin, detach = numbers
+        return CircleMargin(margin, bool(detach))
+    return numbers[0] if call.class_margin is None else call.class_margin

@@ -17,30 +17,32 @@ from torch import Tensor
 from imbalance_kernels import implementation  # loads the extension, which registers its operations
 from imbalance_kernels.options import accumulate_dtype
 
-__all__ = ["SCHEMAS", "kernels"]
+__all__ = ["LOSS_SCHEMA", "SCHEMAS", "SPLIT_BACKWARD_SCHEMA", "SPLIT_SCHEMA", "kernels"]
 
-_SPLIT = (
+SPLIT_SCHEMA = (
     "Tensor target, float scale, Tensor? factor, Tensor? bias, float? softcap, str margin_kind, "
     "float[] margin_parameters, Tensor? class_margin, Tensor? class_weight, float label_smoothing, int ignore_index"
 )
-_LOSS = (
+LOSS_SCHEMA = (
     "str objective, float[] objective_parameters, Tensor? class_parameter, Tensor? sample_weight, Tensor? normalizer, "
     "str reduction, float z_loss"
 )
-_SPLIT_BACKWARD = "Tensor rest, Tensor shift, Tensor d_target, Tensor d_rest, Tensor d_weighted_logits"
+SPLIT_BACKWARD_SCHEMA = "Tensor rest, Tensor shift, Tensor d_target, Tensor d_rest, Tensor d_weighted_logits"
 
 SCHEMAS = {
-    "softmax_loss": f"(Tensor logits, {_SPLIT}, {_LOSS}, bool with_gradient) -> (Tensor loss, Tensor d_logits)",
-    "softmax_loss_": f"(Tensor(a!) logits, {_SPLIT}, {_LOSS}) -> Tensor loss",
-    "softmax_loss_backward": f"(Tensor logits, {_SPLIT}, {_LOSS}, Tensor upstream) -> Tensor d_logits",
-    "softmax_loss_backward_": f"(Tensor(a!) logits, {_SPLIT}, {_LOSS}, Tensor upstream) -> ()",
+    "softmax_loss": (
+        f"(Tensor logits, {SPLIT_SCHEMA}, {LOSS_SCHEMA}, bool with_gradient) -> (Tensor loss, Tensor d_logits)"
+    ),
+    "softmax_loss_": f"(Tensor(a!) logits, {SPLIT_SCHEMA}, {LOSS_SCHEMA}) -> Tensor loss",
+    "softmax_loss_backward": f"(Tensor logits, {SPLIT_SCHEMA}, {LOSS_SCHEMA}, Tensor upstream) -> Tensor d_logits",
+    "softmax_loss_backward_": f"(Tensor(a!) logits, {SPLIT_SCHEMA}, {LOSS_SCHEMA}, Tensor upstream) -> ()",
     "scale_": "(Tensor(a!) gradient, Tensor factor) -> ()",
     "target_and_rest": (
-        f"(Tensor logits, {_SPLIT}) -> "
+        f"(Tensor logits, {SPLIT_SCHEMA}) -> "
         "(Tensor target_logit, Tensor rest, Tensor shift, Tensor weighted_logits, Tensor weight_sum)"
     ),
-    "target_and_rest_backward": f"(Tensor logits, {_SPLIT}, {_SPLIT_BACKWARD}) -> Tensor d_logits",
-    "target_and_rest_backward_": f"(Tensor(a!) logits, {_SPLIT}, {_SPLIT_BACKWARD}) -> ()",
+    "target_and_rest_backward": f"(Tensor logits, {SPLIT_SCHEMA}, {SPLIT_BACKWARD_SCHEMA}) -> Tensor d_logits",
+    "target_and_rest_backward_": f"(Tensor(a!) logits, {SPLIT_SCHEMA}, {SPLIT_BACKWARD_SCHEMA}) -> ()",
 }
 
 _triton = torch.library.Library("imbalance_kernels_triton", "DEF")  # lives as long as the registration should

@@ -28,7 +28,7 @@ from imbalance_kernels.ops.checks import (
     check_range,
     check_row_tensors,
 )
-from imbalance_kernels.ops.kernel_arguments import objective_arguments, split_arguments
+from imbalance_kernels.ops.kernel_arguments import loss_arguments
 from imbalance_kernels.ops.kernels import kernels
 from imbalance_kernels.options import SoftmaxOptions, accumulate_dtype
 
@@ -48,13 +48,13 @@ class _LossAndGradient(torch.autograd.Function):
         options: SoftmaxOptions,
         impl: str,
     ) -> Tensor:
-        arguments = _loss_arguments(options, sample_weight, normalizer)
+        arguments = loss_arguments(target, options, sample_weight, normalizer)
         if options.inplace:
-            loss = kernels(impl).softmax_loss_(logits, target, *arguments)
+            loss = kernels(impl).softmax_loss_(logits, *arguments)
             torch.autograd.graph.increment_version(logits)
             d_logits = logits
         else:
-            loss, d_logits = kernels(impl).softmax_loss(logits, target, *arguments, True)
+            loss, d_logits = kernels(impl).softmax_loss(logits, *arguments, True)
         ctx.save_for_backward(d_logits)
         ctx.impl = impl
         return loss
@@ -87,14 +87,14 @@ class _LossThenGradient(torch.autograd.Function):
         ctx.save_for_backward(logits, target, sample_weight, normalizer, *options.class_vectors())
         ctx.options = options
         ctx.impl = impl
-        arguments = _loss_arguments(options, sample_weight, normalizer)
-        return kernels(impl).softmax_loss(logits, target, *arguments, False)[0]
+        arguments = loss_arguments(target, options, sample_weight, normalizer)
+        return kernels(impl).softmax_loss(logits, *arguments, False)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         logits, target, sample_weight, normalizer, *_ = ctx.saved_tensors
-        arguments = (logits, target, *_loss_arguments(ctx.options, sample_weight, normalizer), d_loss)
+        arguments = (logits, *loss_arguments(target, ctx.options, sample_weight, normalizer), d_loss)
         if ctx.options.inplace and not torch.compiler.is_compiling() and not graph_is_kept():
             kernels(ctx.impl).softmax_loss_backward_(*arguments)
             torch.autograd.graph.increment_version(logits)
@@ -102,19 +102,6 @@ class _LossThenGradient(torch.autograd.Function):
         else:
             d_logits = kernels(ctx.impl).softmax_loss_backward(*arguments)
         return d_logits, None, None, None, None, None  # target, sample_weight, normalizer, options, impl
-
-
-def _loss_arguments(
-    options: SoftmaxOptions, sample_weight: Tensor | None, normalizer: Tensor | None
-) -> tuple[Any, ...]:
-    return (
-        *split_arguments(options),
-        *objective_arguments(options),
-        sample_weight,
-        normalizer,
-        options.reduction,
-        options.z_loss,
-    )
 
 
 def prepare(
@@ -131,7 +118,7 @@ def prepare(
     if options.inplace:
         check_inplace(input, rows, class_dim)
     if chosen != "cpu":
-        check_range(rows, options)
+        check_range(rows, options, rows.logits.shape[1])
     if options.logit_map.cosines:
         check_cosines(rows, options)
     options = options.to(input.device, accumulate_dtype(input.dtype))
@@ -159,8 +146,8 @@ def softmax_loss(
         logits = only_once(logits) if needs_grad else logits
         loss = reference.softmax_loss(logits, target, options, sample_weight, normalizer)
     elif not needs_grad:
-        arguments = _loss_arguments(options, sample_weight, normalizer)
-        loss = kernels(impl).softmax_loss(logits, target, *arguments, False)[0]
+        arguments = loss_arguments(target, options, sample_weight, normalizer)
+        loss = kernels(impl).softmax_loss(logits, *arguments, False)[0]
     elif options.reduction == "none" or logits.dtype == torch.float16:
         loss = _LossThenGradient.apply(logits, target, sample_weight, normalizer, options, impl)
     else:

@@ -9,19 +9,21 @@ Composed from two `target_and_rest` of the same logits, so that it reads them tw
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from imbalance_kernels.objectives import SoftTruncation
-from imbalance_kernels.ops.checks import check_row_tensors
+from imbalance_kernels.ops.checks import Rows, check_row_tensors
+from imbalance_kernels.ops.linear import linear_split, prepare_linear
 from imbalance_kernels.ops.softmax_loss import prepare
 from imbalance_kernels.ops.target_and_rest import split_rows
 from imbalance_kernels.options import SoftmaxOptions
-from imbalance_kernels.softmax_row import RowTargets, reduce_rows, row_losses
+from imbalance_kernels.softmax_row import RowSplit, RowTargets, reduce_rows, row_losses
 
-__all__ = ["FORMS", "two_temperature_loss"]
+__all__ = ["FORMS", "linear_two_temperature_loss", "two_temperature_loss"]
 
 FORMS = ("softmax_neg", "one_minus_softmax")
 
@@ -41,21 +43,59 @@ def two_temperature_loss(
 
     The public form is imbalance_kernels.functional.soft_truncation_loss.
     """
-    assert isinstance(options.objective, SoftTruncation)
-    sharpness = options.objective.sharpness
     if options.inplace:
         raise ValueError(
             f"inplace=True is not possible with form={form!r}, which reads the logits twice: use form='log_odds'"
         )
     rows, options, impl = prepare(input, target, options, class_dim, impl)
     options = replace(options, inplace=False)
-    sample_weight, normalizer = check_row_tensors(options, rows, sample_weight, normalizer)
 
-    num_classes = rows.logits.shape[1]
+    def split(options: SoftmaxOptions) -> RowSplit:
+        return split_rows(rows.logits, rows.target, options, impl)
+
+    return _loss(split, rows, options, form, rows.logits.shape[1], sample_weight, normalizer)
+
+
+def linear_two_temperature_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    options: SoftmaxOptions,
+    form: str,
+    *,
+    sample_weight: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+    chunk_bytes: int | None = None,
+    accumulate: str = "float32",
+    impl: str | None = None,
+) -> Tensor:
+    """Return the same of a linear layer, whose logits are made twice forward and twice backward."""
+    linear, rows, options = prepare_linear(
+        input, linear_weight, target, linear_bias, options, chunk_bytes=chunk_bytes, accumulate=accumulate, impl=impl
+    )
+
+    def split(options: SoftmaxOptions) -> RowSplit:
+        return linear_split(linear, rows.target, options)
+
+    return _loss(split, rows, options, form, linear_weight.shape[0], sample_weight, normalizer)
+
+
+def _loss(
+    split_of: Callable[[SoftmaxOptions], RowSplit],
+    rows: Rows,
+    options: SoftmaxOptions,
+    form: str,
+    num_classes: int,
+    sample_weight: Tensor | None,
+    normalizer: Tensor | float | None,
+) -> Tensor:
+    assert isinstance(options.objective, SoftTruncation)
+    sample_weight, normalizer = check_row_tensors(options, rows, sample_weight, normalizer)
+    sharpness = options.objective.sharpness
     targets = RowTargets.of(rows.target, num_classes, options.ignore_index)
-    split = split_rows(rows.logits, rows.target, options, impl)
-    temperature = -sharpness if form == "softmax_neg" else sharpness
-    sharp = split_rows(rows.logits, rows.target, _at_temperature(options, temperature), impl)
+    split = split_of(options)
+    sharp = split_of(_at_temperature(options, -sharpness if form == "softmax_neg" else sharpness))
     log_odds = sharp.log_odds if form == "softmax_neg" else -sharp.log_odds
     # A masked target has p = 0: weight 1, and nothing to differentiate in it.
     masked = split.target == -math.inf
