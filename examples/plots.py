@@ -134,45 +134,48 @@ def slopes(path: Path) -> Path:
     )
 
 
-def _bars(axes: Axes, values: list[float], labels: list[str], floors: list[float], floor_name: str) -> None:
-    position = torch.arange(len(values), 0, -1).tolist()
-    bars = axes.barh(position, values, height=0.55, color=[PLAIN, OURS, OURS_LIGHT])
+def _bars(axes: Axes, title: str, values: list[float | None], labels: list[str], floors: list[float]) -> None:
+    """One bar a row, from the top; no bar where there is no value, and a stroke at the floor where there is one."""
+    position = range(len(values), 0, -1)
+    lengths = [value or 0.0 for value in values]
+    bars = axes.barh(position, lengths, height=0.55, color=[PLAIN, OURS, OURS_LIGHT, OURS])
     axes.bar_label(bars, labels, padding=7)
-    axes.vlines(floors, [y - 0.38 for y in position], [y + 0.38 for y in position], color=INK, linewidth=2)
-    axes.text(floors[0], position[0] + 0.45, floor_name, fontsize=9, color=QUIET, ha="left")
-    axes.set_xlim(0, 1.35 * max(*values, *floors))
-    axes.set_ylim(0.5, len(values) + 0.75)
+    for y, floor in zip(position, floors, strict=False):
+        axes.vlines(floor, y - 0.38, y + 0.38, color=INK, linewidth=2)
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_xlim(0, 1.6 * max(*lengths, *floors, 1e-9))
+    axes.set_ylim(0.5, len(values) + 0.5)
     axes.tick_params(axis="y", length=0)
     axes.spines["bottom"].set_visible(False)
     axes.set_xticks([])
 
 
 def time_and_memory(result: dict, path: Path) -> Path:
-    rows = result["rows"].values()
-    copy_ms, logits_mib = result["copy_ms_best"], result["logits_mib"]
+    names, rows = list(result["rows"]), result["rows"].values()
+    copy_ms, logits_mib, chunk_mib = result["copy_ms_best"], result["logits_mib"], result["chunk_mib"]
     memory_measured = all(row["peak_mib"] is not None for row in rows)
-    figure, panels = plt.subplots(1, 1 + memory_measured, figsize=(11, 3.3), sharey=True, squeeze=False)
+    figure, panels = plt.subplots(1, 2 + memory_measured, figsize=(13, 4), sharey=True)
 
-    labels = [
-        f"{row['loss_ms_best']:.0f} ms = {row['loss_ms_best'] / copy_ms:.1f} copies\n"
-        f"median {row['loss_ms_median']:.0f} ms"
-        for row in rows
-    ]
-    floor_name = f"floor: one copy of the logits, {copy_ms:.0f} ms"
-    _bars(panels[0, 0], [row["loss_ms_best"] for row in rows], labels, [copy_ms] * len(labels), floor_name)
-    panels[0, 0].set_title("time of the loss and its gradient", loc="left", fontsize=11)
-    panels[0, 0].set_yticks(range(len(labels), 0, -1), [name.replace(", ", ",\n") for name in result["rows"]])
+    loss = [row.get("loss_ms_best") for row in rows]
+    labels = ["makes no logits" if ms is None else f"{ms:.0f} ms = {ms / copy_ms:.1f} copies" for ms in loss]
+    floors = [copy_ms for ms in loss if ms is not None]
+    _bars(panels[0], "time of the loss and its gradient", loss, labels, floors)
+
+    head = [row["head_ms_best"] for row in rows]
+    _bars(panels[1], "time of head and loss", head, [f"{ms:.0f} ms" for ms in head], [])
+
     if memory_measured:
-        labels = [f"{row['peak_mib']:.0f} MiB" for row in rows]
-        floors = [0.0 if "in place" in name else logits_mib for name in result["rows"]]
-        floor_name = f"floor: one gradient, {logits_mib:.0f} MiB; in place none"
-        _bars(panels[0, 1], [row["peak_mib"] for row in rows], labels, floors, floor_name)
-        panels[0, 1].set_title("peak memory beyond the logits", loc="left", fontsize=11)
+        peaks = [row["peak_mib"] for row in rows]
+        floors = [2 * logits_mib, 2 * logits_mib, logits_mib, chunk_mib]
+        _bars(panels[2], "peak memory of head and loss", peaks, [f"{mib:.0f} MiB" for mib in peaks], floors)
 
+    panels[0].set_yticks(range(len(names), 0, -1), [name.replace(", ", ",\n") for name in names])
     num_rows, num_tokens = result["shape"]
     return _finish(
         figure,
         f"Cross-entropy over {num_tokens:,} tokens, against the floor",
-        f"{num_rows} rows of float32 logits on {result['device']}; time of the best step, median memory.",
+        f"{num_rows} rows of float32 logits on {result['device']}; forward and backward, best step, median memory. "
+        f"Strokes: the floor, which is\none copy of the logits ({copy_ms:.0f} ms); logits and their gradient "
+        f"({logits_mib:.0f} MiB each), in place one of them, fused one chunk of rows ({chunk_mib:.0f} MiB).",
         path,
     )

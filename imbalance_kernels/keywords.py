@@ -61,8 +61,9 @@ def options_of(
 
 
 # What every class and function takes beside its own arguments; sample_weight and normalizer go to a class's forward.
-_OF_CLASSES = {*inspect.signature(options_of).parameters, "class_dim", "impl"}
-_OF_FUNCTIONS = _OF_CLASSES | set(CALL_KEYWORDS)
+_OF_BOTH = {*inspect.signature(options_of).parameters, "class_dim", "impl"}
+_OF_CLASSES = _OF_BOTH | {"chunk_bytes", "accumulate"}
+_OF_FUNCTIONS = _OF_BOTH | set(CALL_KEYWORDS)
 
 
 def with_own(loss: Callable[..., Any], keywords: dict[str, Any], **own: Any) -> dict[str, Any]:
