@@ -1,31 +1,26 @@
 """A language model's head with 131,072 tokens: what head and loss cost in time and in memory.
 
-The tokens are Python's own standard library, read with the tekken tokenizer that the package mistral-common carries.
-Four copies of one small model train on the same batches from the same initial weights: with torch's cross-entropy,
-with ours, with ours writing the gradient over the logits, and with head and loss fused, which never holds the logits.
-They step in turn, so that all meet the same machine.
+The tokens are those of corpus.py. Four copies of one small model train on the same batches from the same initial
+weights: with torch's cross-entropy, with ours, with ours writing the gradient over the logits, and with head and loss
+fused, which never holds the logits. They step in turn, so that all meet the same machine.
 """
 
 from __future__ import annotations
 
-import re
 import statistics
-import sysconfig
 import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import mistral_common
 import torch
-from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+from corpus import read_tokens
+from memory_peak import MemoryPeak
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import imbalance_kernels as ik
 
-SOURCE_CHARACTERS = 1_500_000
 CONTEXT = 8  # tokens that the model sees
 WIDTH = 64
 WARM_UP_STEPS = 3  # left out of times and memory: first calls allocate, compile and load
@@ -36,22 +31,6 @@ OURS = "imbalance_kernels"
 IN_PLACE = "imbalance_kernels, in place"
 FUSED = "imbalance_kernels, fused head"
 CHUNK_BYTES = 64 << 20  # of logits that the fused head makes at a time
-
-
-def read_tokens() -> tuple[Tensor, int, int]:
-    """The standard library's modules as one row of token numbers, the vocabulary's size, and the number of files."""
-    data_folder = Path(mistral_common.__file__).parent / "data"
-    tokenizer = Tekkenizer.from_file(sorted(data_folder.glob("tekken_*.json"))[-1])
-    tokens: list[int] = []
-    characters = files = 0
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-        text = path.read_text(encoding="utf-8", errors="replace")
-        tokens += tokenizer.encode(text, bos=True, eos=False)
-        characters += len(text)
-        files += 1
-        if characters > SOURCE_CHARACTERS:
-            break
-    return torch.tensor(tokens), tokenizer.n_words, files
 
 
 class NextToken(nn.Module):
@@ -68,41 +47,6 @@ class NextToken(nn.Module):
 
     def forward(self, context: Tensor) -> Tensor:  # (N, CONTEXT) -> (N, WIDTH), what the head sees
         return self.mix(self.embedding(context))[0][:, -1]
-
-
-class MemoryPeak:
-    """Bytes in use above the level at `start`, at their highest: the allocator's count on a GPU, the process's resident
-    set on Linux (its high-water mark can be reset there); elsewhere None, since a guess is no measurement."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.available = device.type == "cuda" or (device.type == "cpu" and self._reset_resident_peak())
-
-    @staticmethod
-    def _reset_resident_peak() -> bool:
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            return False
-        return True
-
-    @staticmethod
-    def _resident(name: str) -> int:
-        found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        return int(found[1]) * 1024 if found else 0
-
-    def start(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self.before = torch.cuda.memory_allocated(self.device)
-        elif self.available:
-            self._reset_resident_peak()
-            self.before = self._resident("VmRSS")
-
-    def stop(self) -> int | None:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) - self.before
-        return max(0, self._resident("VmHWM") - self.before) if self.available else None
 
 
 @dataclass
