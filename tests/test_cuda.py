@@ -17,8 +17,8 @@ from imbalance_kernels.functional import softmax_loss, target_and_rest
 
 pytestmark = pytest.mark.skipif(not EMULATED, reason="make test-emulated runs the CUDA kernels")
 
-# Numbers of 16 bytes. A row takes 1 to 32 lanes with 4 packs each; then 1 to 16 blocks of at most 256 threads with 8
-# packs each; then it is swept by up to 1024 threads with 4 packs each at a time.
+# Numbers of 16 bytes. A row takes 1 to 32 lanes with 4 packs each, or 32 with 8; then 1 to 16 blocks of at most 256
+# threads with 8 packs each; then it is swept by up to 1024 threads with 4 packs each at a time.
 PACK = {torch.float32: 4, torch.bfloat16: 8, torch.float16: 8, torch.float64: 2}
 BOUNDARIES = {
     "a lane": 4,
@@ -57,7 +57,7 @@ def logits_of(layout: str, num_rows: int, num_classes: int, dtype: torch.dtype) 
 def test_widths(option, boundary, dtype):
     """The widest row of each kernel, and one class more."""
     for num_classes in (BOUNDARIES[boundary] * PACK[dtype], BOUNDARIES[boundary] * PACK[dtype] + 1):
-        logits, target = make_case((3, num_classes), dtype)
+        logits, target = make_case((9 if num_classes < 5000 else 3, num_classes), dtype)
         options = OPTIONS[option](num_classes)
         reductions = ["mean", "none"] if num_classes < 10000 else ["mean"]
         for reduction in reductions:

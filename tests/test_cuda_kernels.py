@@ -2,7 +2,8 @@
 
 The mutants are all in one copy of the sources, each behind a condition on its number, since compiling is what costs.
 Not among them is what changes nothing: Columns.has and may_hold only save work, and so does the end of a class vector
-in load_values, where it is aligned; an unaligned row without padding is staged by the threads that read it.
+in load_values, where it is aligned; an unaligned row without padding is staged by the threads that read it. Shuffles,
+where the emulator's lanes wait for each other too, follow __syncwarp, so without it nothing shows.
 """
 
 import os
@@ -126,7 +127,7 @@ MUTANTS = [
         "thread",
     ),
     Mutant("clusters: no barrier of the gradient", CLUSTERS, {"__syncthreads();#1": ""}, "cluster_1", RESULT),
-    Mutant("clusters: one buffer", CLUSTERS, {"parity ^= 1;": ""}, "cluster_2_losses", RESULT),
+    Mutant("clusters: one buffer", CLUSTERS, {"parity ^= 1;": ""}, "cluster_2_bias", RESULT),
     Mutant("sweeps: no barrier of warps", SWEEPS, {"__syncthreads();#0": ""}, "sweeps_weights", RESULT),
     Mutant("sweeps: no barrier of the gradient", SWEEPS, {"__syncthreads();#1": ""}, "sweeps_weights", RESULT),
     Mutant("sum: no barrier", "softmax_loss.cu: sum_over_block", {"__syncthreads();": ""}, "sum_of_few", RESULT),
@@ -233,8 +234,10 @@ MUTANTS = [
         RESULT,
     ),
     Mutant("sweeps: pieces overlap", SWEEPS, {"index * length": "index * (length - 4)"}, "sweeps", RESULT),
-    Mutant("pieces: an item too many", PIECES, {"turn.row < rows.count": "turn.row <= rows.count"}, "pieces_1", BEYOND),
-    Mutant("pieces: another piece", PIECES, {"turn.piece * length": "0 * length"}, "pieces_256", RESULT),
+    Mutant(
+        "pieces: an item too many", PIECES, {"piece.row < rows.count": "piece.row <= rows.count"}, "pieces_1", BEYOND
+    ),
+    Mutant("pieces: another piece", PIECES, {"piece.index * length": "0 * length"}, "pieces_256", RESULT),
     Mutant("pieces: the target is read by all", PIECES, {"owns_target#1": "true"}, "pieces_8", RACE, "thread"),
     Mutant(
         "sum: every thread writes it",
@@ -246,10 +249,24 @@ MUTANTS = [
     ),
     Mutant(
         "pieces: none after the last of a row",
-        "rows.cuh: Turn next",
-        {"next.piece < pieces_": "true"},
+        "rows.cuh: Piece after",
+        {"next.index < of_a_row_": "true"},
         "pieces_256",
-        RESULT + "|" + BEYOND,
+        f"{RESULT}|{BEYOND}|{OVERFLOW}",
+    ),
+    Mutant(
+        "rounds: more than the cache holds",
+        "launches.cuh: fill_device",
+        {"std::min<std::int64_t>(resident, most)": "resident"},
+        "rounds_of_the_cache",
+        r"wrong: 3 blocks",
+    ),
+    Mutant(
+        "rounds: some clusters work on fewer rows",
+        "launches.cuh: fill_device",
+        {"ceiling(work, rounds)": "std::min<std::int64_t>(work, resident)"},
+        "rounds_of_some",
+        r"wrong: 3 blocks",
     ),
     # The row that comes
     Mutant(
@@ -257,16 +274,33 @@ MUTANTS = [
     ),
     Mutant("lanes: no row comes", LANES, {"tile.take(coming);": ""}, "lanes_many_rows", RESULT),
     Mutant(
-        "clusters: the next row comes too early",
-        CLUSTERS,
-        {"is_loaded = d_row == nullptr;": "is_loaded = true;"},
-        "cluster_2_bias",
+        "lanes: another row's class probabilities",
+        "rows.cuh: void take",
+        {"row_ = other.row_;": ""},
+        "lanes_32",
         RESULT,
     ),
     Mutant(
-        "clusters: this row comes again", CLUSTERS, {"tile.load(next)": "tile.load(place)"}, "cluster_2_losses", RESULT
+        "clusters: this row comes again",
+        CLUSTERS,
+        {"tile.load(next)#1": "tile.load(place)"},
+        "cluster_2_losses",
+        RESULT,
     ),
-    Mutant("clusters: a row does not come", CLUSTERS, {"is_loaded = false;#1": ""}, "cluster_2_losses", RESULT),
+    Mutant(
+        "clusters: no row comes after one that is ignored",
+        CLUSTERS,
+        {"tile.load(next);#0": ""},
+        "cluster_2_losses",
+        RESULT,
+    ),
+    Mutant(
+        "clusters: the first row does not come",
+        CLUSTERS,
+        {"if (ahead) tile.load(place);": ""},
+        "cluster_2_losses",
+        RESULT,
+    ),
     # The target
     Mutant(
         "the target stays in the rest",
@@ -302,12 +336,12 @@ MUTANTS = [
         "cluster_2_bias",
         RESULT,
     ),
-    Mutant("a target that is none", "rows.cuh: place_of", {"target < rows.classes": "true"}, "lanes_2", RESULT),
-    Mutant("a row that is none", "rows.cuh: place_of", {"row >= rows.count": "false"}, "lanes_2", BEYOND),
+    Mutant("a target that is none", "rows.cuh: place_of", {"label < rows.classes": "true"}, "lanes_2", RESULT),
+    Mutant("a row that is none", "rows.cuh: place_of", {"row >= rows.count": "false"}, "lanes_32", BEYOND),
     Mutant(
         "a weight of a class that is none",
         "softmax_loss.cu: sum_weights",
-        {"labels[turn] >= classes": "false"},
+        {"labels[i] >= classes": "false"},
         "weight_sums_of_classes",
         r"AddressSanitizer",
     ),
@@ -348,7 +382,7 @@ MUTANTS = [
         BEYOND,
     ),
     Mutant("staged: read beyond", "rows.cuh: stage", {"column < rows.classes": "true"}, "lanes_2", BEYOND),
-    Mutant("staged: no padding", LANES, {"lanes * kLanePacks * Pack<S>::width": "rows.classes"}, "lanes_2", BEYOND),
+    Mutant("staged: no padding", LANES, {"lanes * packs * Pack<S>::width": "rows.classes"}, "lanes_2", BEYOND),
     Mutant(
         "staged: one too few",
         "rows.cuh: stage",
@@ -401,6 +435,7 @@ MUTANTS = [
             ("logits", "at_packs(rows.logits)", "lanes_offset", MISALIGNED),
             ("gradient", "at_packs(d_logits)", "lanes_gradient_offset", MISALIGNED),
             ("probabilities", "at_packs(rows.probabilities)", "lanes_8_unaligned_probabilities", MISALIGNED),
+            ("wide probabilities", "at_packs(rows.probabilities_wide)", "lanes_8_unaligned_wide", MISALIGNED),
             ("factor", "at_packs(rows.factor)", "pieces_circle", MISALIGNED),
             ("bias", "at_packs(rows.bias)", "sweeps_unaligned_bias", MISALIGNED),
             ("class weights", "at_packs(rows.class_weight)", "pieces_unaligned_weights", MISALIGNED),
@@ -431,7 +466,7 @@ MUTANTS = [
             (CLUSTERS, "row * results.gradient_stride", "cluster_1_far"),
             (SWEEPS, "row * results.gradient_stride", "sweeps_far"),
             (PIECES, "place.row * gradient_stride", "pieces_far"),
-            ("softmax_loss.cu: scale_rows", "turn.row * stride", "scale_far"),
+            ("softmax_loss.cu: scale_rows", "piece.row * stride", "scale_far"),
         ]
     ),
     # Sums
@@ -449,7 +484,7 @@ MUTANTS = [
         "lanes_high",
         RESULT,
     ),
-    Mutant("exponentials: too high", "row_reduce.cuh: base_", {"fabsf(shift) < 0x1p30f": "true"}, "lanes_high", RESULT),
+    Mutant("exponentials: too high", "row_reduce.cuh: base", {"fabsf(shift) < 0x1p30f": "true"}, "lanes_high", RESULT),
     Mutant(
         "joined: totals of different shifts", "row_reduce.cuh: raised", {"total * factor": "total"}, "sweeps", RESULT
     ),

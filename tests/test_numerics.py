@@ -669,10 +669,12 @@ def test_an_ignored_row_is_exactly_zero(objective, impl, dtype, held):
             torch.testing.assert_close(value, right)
 
 
+@pytest.mark.parametrize("num_classes", [9, 1500, 4097])
+@every_dtype
 @every_impl
-def test_a_nan_logit_spoils_its_own_row_alone(impl):
-    for place in (0, 3, 8):  # the target, a class, the last one
-        logits = torch.randn(3, 9)
+def test_a_nan_logit_spoils_its_own_row_alone(impl, dtype, num_classes):
+    for place in (0, 3, num_classes - 1):  # the target, a class, the last one
+        logits = torch.randn(3, num_classes).to(dtype)
         logits[1, place] = NAN
         value, gradient = solve(logits, [1, 0, 2], Focal(2.0), impl=impl, reduction="none")
         assert torch.isnan(value).tolist() == [False, True, False]

@@ -129,18 +129,9 @@ cudaError_t launch(void (*kernel)(Parameters...), const Shape& shape, cudaStream
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }
 
-// Lets a kernel have all of a block's shared memory, and clusters of every size.
-inline cudaError_t unlock(const void* function, const cudaFuncAttributes& attributes, const Device& device) {
-  const int dynamic = device.shared_memory - static_cast<int>(attributes.sharedSizeBytes);
-  if (const auto error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, dynamic)) {
-    return error;
-  }
-  if (!device.has_clusters) return cudaSuccess;
-  return cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-}
-
-// How many clusters of this shape the current device runs at a time; 0 where it cannot run one. Asked once of each
-// kernel, shape and device.
+// How many clusters of this shape the current device runs at a time; 0 where it cannot run one. Lets the kernel have
+// all of a block's shared memory, and clusters of every size. Each thread of the host asks once of each kernel, shape
+// and device.
 template <class... Parameters>
 cudaError_t resident_clusters(void (*kernel)(Parameters...), const Shape& shape, int* clusters) {
   const auto* function = reinterpret_cast<const void*>(kernel);
@@ -156,7 +147,10 @@ cudaError_t resident_clusters(void (*kernel)(Parameters...), const Shape& shape,
   if (const cudaError_t error = current_device(&device)) return error;
   cudaFuncAttributes attributes;
   if (const cudaError_t error = cudaFuncGetAttributes(&attributes, function)) return error;
-  if (const cudaError_t error = unlock(function, attributes, device)) return error;
+  const int dynamic = device.shared_memory - static_cast<int>(attributes.sharedSizeBytes);
+  if (const auto error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, dynamic)) {
+    return error;
+  }
   if (shape.cluster == 1) {
     const auto threads = static_cast<int>(shape.threads);
     const cudaError_t error =
@@ -164,9 +158,12 @@ cudaError_t resident_clusters(void (*kernel)(Parameters...), const Shape& shape,
     if (error != cudaSuccess) return error;
     *clusters *= device.multiprocessors;
   } else if (attributes.ptxVersion < 90) {
-    *clusters =
-        0;  // compiled for compute capability 8 and run on a later one, it takes each block for a cluster (above)
+    // Compiled for compute capability 8 and run on a later one, it takes each block for a cluster (above).
+    *clusters = 0;
   } else {
+    if (const auto error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)) {
+      return error;
+    }
     cudaLaunchAttribute attribute;
     const Shape one{shape.cluster, shape.threads, shape.cluster, shape.shared_memory};
     const cudaLaunchConfig_t config = configuration(one, nullptr, &attribute);

@@ -20,38 +20,29 @@ __device__ __forceinline__ T shift_of(T highest) {
   return highest == -infinity<T>() ? T(0) : highest;
 }
 
-// exp(z - shift) for the numbers of a row, in two instructions each: 2^(z * log2(e) - offset), where the offset is
+// exp(z - shift) for the numbers z of a row, in two instructions each: 2^(z * log2(e) - offset), where the offset is
 // shift * log2(e), rounded once. The product with z is not rounded, so all of a row are off by the same factor, however
-// far the shift is from 0: `correction` times their sum is right.
+// far the shift is from 0: `correction` times each of them, or their sum, is right.
 template <class T>
-class Exponentials {
- public:
-  __device__ __forceinline__ explicit Exponentials(T shift) : shift_(shift) {}
+struct Exponentials {
+  const T shift;
 
   static constexpr T correction = T(1);
-  __device__ __forceinline__ T operator()(T z) const { return exp(z - shift_); }
-
- private:
-  T shift_;
+  __device__ __forceinline__ T operator()(T z) const { return exp(z - shift); }
 };
 
 template <>
-class Exponentials<float> {
- public:
-  // Neighbours of 2^30 are so far apart that any base above 1 gives 1 or next to nothing, and the product would
-  // overflow.
+struct Exponentials<float> {
+  const float base, offset, correction;  // log2 of the base
+
+  // From 2^30 the correction would soon leave float's range; but there neighbours are so far apart that any base above
+  // 1 gives 1 or next to nothing.
   __device__ __forceinline__ explicit Exponentials(float shift)
-      : base_(fabsf(shift) < 0x1p30f ? kLog2E : 1.0f),
-        offset_(shift * base_),
-        correction(exp2_quick(fmaf(-shift, base_, offset_))) {}
+      : base(fabsf(shift) < 0x1p30f ? kLog2E : 1.0f),
+        offset(shift * base),
+        correction(exp2_quick(fmaf(-shift, base, offset))) {}
 
-  __device__ __forceinline__ float operator()(float z) const { return exp2_quick(fmaf(z, base_, -offset_)); }
-
- private:
-  float base_, offset_;  // log2 of the base
-
- public:
-  const float correction;
+  __device__ __forceinline__ float operator()(float z) const { return exp2_quick(fmaf(z, base, -offset)); }
 };
 
 // What is known of some of a row's rest; sums are relative to shift_of(highest).

@@ -81,13 +81,22 @@ struct Place {
   bool outside;  // its target is no class: NaN
 };
 
+// The row's target as it is given; where there is none, one that is ignored.
 template <class S>
-__device__ __forceinline__ Place place_of(const Rows<S>& rows, std::int64_t row, bool is_nothing) {
+__device__ __forceinline__ std::int64_t label_of(const Rows<S>& rows, std::int64_t row) {
+  return rows.target != nullptr && row < rows.count ? rows.target[row] : rows.ignore_index;
+}
+
+template <class S>
+__device__ __forceinline__ Place place_of(const Rows<S>& rows, std::int64_t row, std::int64_t label, bool is_nothing) {
   if (row >= rows.count || is_nothing) return {row, -1, false, false};
   if (rows.target == nullptr) return {row, -1, true, false};
-  const std::int64_t target = rows.target[row];
-  const bool is_class = target >= 0 && target < rows.classes, ignored = target == rows.ignore_index;
-  return {row, is_class && !ignored ? static_cast<int>(target) : -1, is_class && !ignored, !is_class && !ignored};
+  const bool is_class = label >= 0 && label < rows.classes, ignored = label == rows.ignore_index;
+  return {row, is_class && !ignored ? static_cast<int>(label) : -1, is_class && !ignored, !is_class && !ignored};
+}
+template <class S>
+__device__ __forceinline__ Place place_of(const Rows<S>& rows, std::int64_t row, bool is_nothing) {
+  return place_of(rows, row, label_of(rows, row), is_nothing);
 }
 
 template <class T>
@@ -168,8 +177,8 @@ __device__ __forceinline__ void write_split(const Results<S>& results, const Pla
 template <class S>
 __device__ __forceinline__ RowGradient<Accumulate<S>> finish(const Results<S>& results, const Place& place,
                                                              const Target<Accumulate<S>>& target,
-                                                             const RowSums<Accumulate<S>>& sums,
-                                                             Accumulate<S> common_factor, bool writes) {
+                                                             const RowSums<Accumulate<S>>& sums, Accumulate<S> common,
+                                                             bool writes) {
   using T = Accumulate<S>;
   const RowSplit<T> split = split_of(target, sums);
   if (results.target != nullptr) {
@@ -179,7 +188,7 @@ __device__ __forceinline__ RowGradient<Accumulate<S>> finish(const Results<S>& r
   const RowResult<T> result = row_program(split, results.options);
   if (writes && results.losses) results.losses[place.row] = result.loss;
   const bool has_own = results.upstream && results.upstream_step != 0;
-  const T factor = has_own ? results.upstream[place.row * results.upstream_step] * common_factor : common_factor;
+  const T factor = has_own ? results.upstream[place.row * results.upstream_step] * common : common;
   return {
       factor * (result.target - result.weights * target.weight) * target.slope,
       sums.total == T(0) ? T(0) : factor * (result.rest / sums.total),
@@ -498,27 +507,27 @@ class Tile {
   }
 };
 
-// The pieces of rows that a group of threads takes in turns: one, and then always the one `step` pieces further.
-// Divides once, not at every turn.
-struct Turn {
+// The pieces of rows that a group of threads works on: one, and then always the one `step` pieces further. Divides
+// once, not for every piece.
+struct Piece {
   std::int64_t row;
-  int piece;  // of the row
+  int index;  // in the row
 };
-class Turns {
+class Pieces {
  public:
-  __device__ __forceinline__ Turns(std::int64_t step, int pieces) : pieces_(pieces), step_(first(step)) {}
+  __device__ __forceinline__ Pieces(std::int64_t step, int of_a_row) : of_a_row_(of_a_row), step_(at(step)) {}
 
-  __device__ __forceinline__ Turn first(std::int64_t piece_of_all) const {
-    return {piece_of_all / pieces_, static_cast<int>(piece_of_all % pieces_)};
+  __device__ __forceinline__ Piece at(std::int64_t index) const {
+    return {index / of_a_row_, static_cast<int>(index % of_a_row_)};
   }
-  __device__ __forceinline__ Turn next(const Turn& turn) const {
-    const Turn next{turn.row + step_.row, turn.piece + step_.piece};
-    return next.piece < pieces_ ? next : Turn{next.row + 1, next.piece - pieces_};
+  __device__ __forceinline__ Piece after(const Piece& piece) const {
+    const Piece next{piece.row + step_.row, piece.index + step_.index};
+    return next.index < of_a_row_ ? next : Piece{next.row + 1, next.index - of_a_row_};
   }
 
  private:
-  int pieces_;
-  Turn step_;
+  int of_a_row_;
+  Piece step_;
 };
 
 // A tile beside these class vectors.

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "launches.cuh"
 #include "rows.cuh"
 
 namespace imbalance::cuda {
@@ -57,9 +58,9 @@ __global__ void __launch_bounds__(kSumThreads)
   const std::int64_t first = blockIdx.x * kStretch, end = min(first + kStretch, n);
   double sum = 0;
 #pragma unroll
-  for (int turn = 0; turn < kStretch / kSumThreads; ++turn) {
-    const std::int64_t i = first + turn * kSumThreads + threadIdx.x;
-    if (i < end) sum += numbers[i];
+  for (int i = 0; i < kStretch / kSumThreads; ++i) {
+    const std::int64_t at = first + i * kSumThreads + threadIdx.x;
+    if (at < end) sum += numbers[at];
   }
   sum = sum_over_block(sum);
   if (threadIdx.x != 0) return;
@@ -78,18 +79,18 @@ __global__ void __launch_bounds__(kSumThreads)
                 const T* sample_weight, std::int64_t rows, T* sums) {
   const std::int64_t first = blockIdx.x * kStretch, end = min(first + kStretch, rows);
   double sum = 0;
-  constexpr int turns = kStretch / kSumThreads;
-  std::int64_t labels[turns];  // of class 0 where there are none, -1 where the row does not count
+  constexpr int count = kStretch / kSumThreads;
+  std::int64_t labels[count];  // of class 0 where there are none, -1 where the row does not count
 #pragma unroll
-  for (int turn = 0; turn < turns; ++turn) {
-    const std::int64_t row = first + turn * kSumThreads + threadIdx.x;
-    labels[turn] = row < end ? 0 : -1;
-    if (row < end && target != nullptr) labels[turn] = target[row];
-    if (target != nullptr && (labels[turn] >= classes || labels[turn] == ignore_index)) labels[turn] = -1;
+  for (int i = 0; i < count; ++i) {
+    const std::int64_t row = first + i * kSumThreads + threadIdx.x;
+    labels[i] = row < end ? 0 : -1;
+    if (row < end && target != nullptr) labels[i] = target[row];
+    if (target != nullptr && (labels[i] >= classes || labels[i] == ignore_index)) labels[i] = -1;
   }
 #pragma unroll
-  for (int turn = 0; turn < turns; ++turn) {
-    const std::int64_t row = first + turn * kSumThreads + threadIdx.x, label = labels[turn];
+  for (int i = 0; i < count; ++i) {
+    const std::int64_t row = first + i * kSumThreads + threadIdx.x, label = labels[i];
     T of_sample(1), of_class(1);
     if (label >= 0 && sample_weight != nullptr) of_sample = sample_weight[row];
     if (label >= 0 && target != nullptr && class_weight != nullptr) of_class = class_weight[label];
@@ -109,12 +110,11 @@ __global__ void __launch_bounds__(kScaleThreads) scale_rows(S* gradient, std::in
   if (by == T(1)) return;
   const int lane = static_cast<int>(threadIdx.x) % lanes, group = static_cast<int>(threadIdx.x) / lanes;
   const int groups = static_cast<int>(blockDim.x) / lanes, length = lanes * kScalePacks * width;
-  const int pieces = (classes + length - 1) / length;
-  const Turns turns(static_cast<std::int64_t>(gridDim.x) * groups, pieces);
-  for (Turn turn = turns.first(static_cast<std::int64_t>(blockIdx.x) * groups + group); turn.row < rows;
-       turn = turns.next(turn)) {
-    S* const row = gradient + turn.row * stride;
-    const Columns<aligned> columns{turn.piece * length, classes, lanes, lane};
+  const Pieces pieces(static_cast<std::int64_t>(gridDim.x) * groups, (classes + length - 1) / length);
+  Piece piece = pieces.at(static_cast<std::int64_t>(blockIdx.x) * groups + group);
+  for (; piece.row < rows; piece = pieces.after(piece)) {
+    S* const row = gradient + piece.row * stride;
+    const Columns<aligned> columns{piece.index * length, classes, lanes, lane};
     Pack<S> packs[kScalePacks];
 #pragma unroll
     for (int i = 0; i < kScalePacks; ++i) packs[i] = load_pack(row, columns, i);
@@ -192,17 +192,14 @@ cudaError_t scale(Dtype dtype, void* gradient, std::int64_t stride, std::int64_t
   return with_dtype(dtype, [&](auto s) -> cudaError_t {
     using S = decltype(s);
     constexpr int per_lane = kScalePacks * Pack<S>::width;
-    int lanes = 1;
-    while (lanes < kScaleThreads && lanes * per_lane < classes) lanes *= 2;
-    const std::int64_t pieces = (classes + lanes * per_lane - 1) / (lanes * per_lane), groups = kScaleThreads / lanes;
+    const int lanes = lanes_for(static_cast<int>(classes), per_lane, kScaleThreads);
+    const std::int64_t pieces = rows * ceiling(classes, lanes * per_lane);
     const bool aligned = reinterpret_cast<std::uintptr_t>(gradient) % 16 == 0 && stride % Pack<S>::width == 0 &&
                          classes % Pack<S>::width == 0;
     Shape shape{1, kScaleThreads, 1, 0};
     auto kernel = &scale_rows<S, false>;
     if (aligned) kernel = &scale_rows<S, true>;
-    int resident = 0;
-    if (const cudaError_t error = resident_clusters(kernel, shape, &resident)) return error;
-    shape.blocks = static_cast<unsigned>(std::min<std::int64_t>((rows * pieces + groups - 1) / groups, resident));
+    if (const cudaError_t error = fill_device(kernel, ceiling(pieces, kScaleThreads / lanes), &shape)) return error;
     return launch(kernel, shape, stream, static_cast<S*>(gradient), stride, rows, static_cast<int>(classes),
                   static_cast<const Accumulate<S>*>(factor), lanes);
   });

@@ -3,11 +3,11 @@
 // Four kernels, by which threads share a row, around the same device functions (rows.cuh, row_reduce.cuh):
 //
 // - rows_in_lanes: narrow rows, each shared by 1 to 32 lanes of a warp. Nothing but shuffles between them.
-// - rows_over_clusters: a row stays in the registers of a cluster of 1 to 16 blocks; maxima and sums go through
-//   distributed shared memory. Two blocks share a multiprocessor, so that one row's loads overlap another's stores.
-// - rows_in_sweeps: rows too long for that, or a device without clusters, or losses without class vectors: one block
-//   reads a row in pieces, and for its gradient again, the last piece first, so that it begins with what the cache
-//   still holds.
+// - rows_over_clusters: a row stays in the registers of a cluster of 1 to 16 blocks, or of one block where the device
+//   has no clusters; maxima and sums go through distributed shared memory. Two blocks share a multiprocessor, so that
+//   one row's loads overlap another's stores.
+// - rows_in_sweeps: rows too long for that, and losses alone without class vectors: one block reads a row in pieces,
+//   and for its gradient again, the last piece first, so that it begins with what the cache still holds.
 // - rows_in_pieces: the backward of target_and_rest, which knows shift and sum already: pieces are apart.
 //
 // All are persistent. In the first two a block's stretch of class vectors stays in its shared memory while rows pass,
@@ -18,6 +18,7 @@
 
 #include <algorithm>
 
+#include "launches.cuh"
 #include "rows.cuh"
 
 namespace imbalance::cuda {
@@ -26,9 +27,12 @@ constexpr int kClusterPacks = 8;      // of a thread's registers, in rows_over_c
 constexpr int kClusterThreads = 256;  // at most; two such blocks fill a multiprocessor's registers
 constexpr int kLargestCluster = 16;   // blocks
 constexpr int kLanePacks = 4;         // in rows_in_lanes
+constexpr int kWideLanePacks = 8;     // where 32 lanes need more
 constexpr int kLaneThreads = 128;
-constexpr int lane_blocks(Map map) { return map == Map::general ? 4 : 5; }  // of a multiprocessor
-constexpr int kSweepPacks = 4;                                              // at a time, in rows_in_sweeps
+constexpr int lane_blocks(Map map, int packs) {  // of a multiprocessor
+  return packs == kLanePacks ? (map == Map::general ? 4 : 5) : (map == Map::general ? 2 : 4);
+}
+constexpr int kSweepPacks = 4;            // at a time, in rows_in_sweeps
 constexpr int kSweepThreads = 1024;       // a multiprocessor's, at 64 registers each; some forms need more
 constexpr int kSweepThreadsToRead = 256;  // of a block that only reads: several share a multiprocessor
 constexpr int sweep_threads(Map map, bool aligned) {
@@ -39,16 +43,15 @@ constexpr int kPieceThreads = 256;
 constexpr unsigned kReservedShared = 4 << 10;  // bytes of a block beside the class vectors
 constexpr double kCacheShare = 0.7;            // of the L2 cache, for rows that are read again
 
-template <class S, Map map, bool aligned>
-__global__ void __launch_bounds__(kLaneThreads, lane_blocks(map))
+template <class S, Map map, bool aligned, int packs>
+__global__ void __launch_bounds__(kLaneThreads, lane_blocks(map, packs))
     rows_in_lanes(const __grid_constant__ Rows<S> rows, const __grid_constant__ Results<S> results, int lanes) {
   using T = Accumulate<S>;
   constexpr bool weighted = map == Map::general;
   const int lane = static_cast<int>(threadIdx.x) % lanes, group = static_cast<int>(threadIdx.x) / lanes;
   const int groups = static_cast<int>(blockDim.x) / lanes;
   const Columns<aligned> columns{0, rows.classes, lanes, lane};
-  auto tile =
-      tile_of<map, kLanePacks>(rows, columns, stage<aligned>(rows, 0, lanes * kLanePacks * Pack<S>::width, map));
+  auto tile = tile_of<map, packs>(rows, columns, stage<aligned>(rows, 0, lanes * packs * Pack<S>::width, map));
   __syncthreads();
   const bool is_nothing = results.is_nothing();
   const T common = common_factor(results);
@@ -57,8 +60,10 @@ __global__ void __launch_bounds__(kLaneThreads, lane_blocks(map))
   std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * groups;  // of the block's rows
   Place place = place_of(rows, first + group, is_nothing);
   tile.load(place);
+  std::int64_t label = label_of(rows, first + step + group);
   for (Place next; first < rows.count; first += step, place = next) {
-    next = place_of(rows, first + step + group, is_nothing);
+    next = place_of(rows, first + step + group, label, is_nothing);
+    label = label_of(rows, first + 2 * step + group);
     auto coming = tile;  // while its numbers are on their way, this row's are worked on
     coming.load(next);
     const Target<T> target = load_target(rows, results, place);
@@ -98,26 +103,28 @@ __global__ void __launch_bounds__(kClusterThreads, 2)
   const bool is_nothing = results.is_nothing();
   const T common = common_factor(results);
 
-  // Indices fit 32 bits: no memory holds more such rows.
   const int count = static_cast<int>(rows.count), step = static_cast<int>(gridDim.x) / blocks;
   int row = static_cast<int>(blockIdx.x) / blocks, parity = 0;
-  bool is_loaded = false;
+  const bool ahead = results.d_logits == nullptr;  // the next row is loaded while this one's sums travel
   Place place = place_of(rows, row, is_nothing);
+  if (ahead) tile.load(place);
   for (Place next; row < count; row += step, place = next) {
     next = place_of(rows, row + step, is_nothing);
-    S* const d_row = results.d_logits ? results.d_logits + row * results.gradient_stride : nullptr;
+    S* const d_row = ahead ? nullptr : results.d_logits + row * results.gradient_stride;
     if (!place.is_read) {  // the same for all threads of the cluster
       if (rank == 0 && thread == 0) finish_unread(results, place);
-      if (d_row) tile.fill(value_of_unread<T>(place), d_row);
-      is_loaded = false;
+      if (ahead) {
+        tile.load(next);
+      } else {
+        tile.fill(value_of_unread<T>(place), d_row);
+      }
       continue;
     }
-    if (!is_loaded) tile.load(place);
+    if (!ahead) tile.load(place);
     const bool owns_target = tile.exclude(place.target);
     const T highest = max_over_lanes(tile.highest(), kWarp);
     RowSums<T> sums = add_over_lanes<weighted>(tile.sums(highest), kWarp);
-    is_loaded = d_row == nullptr;
-    if (is_loaded) tile.load(next);  // while this row's sums travel
+    if (ahead) tile.load(next);
     if (lane == 0) sums_of_warps[warp] = sums;
     Target<T> target{};
     if (warp == 0) target = load_target(rows, results, place);  // in place: before others may overwrite it
@@ -135,7 +142,7 @@ __global__ void __launch_bounds__(kClusterThreads, 2)
       if (lane == 0) gradient_of_row[0] = gradient;
     }
     __syncthreads();  // gradient of the row
-    if (d_row == nullptr) continue;
+    if (ahead) continue;
     const RowGradient<T> gradient = gradient_of_row[0];
     tile.spread(gradient, d_row);
     if (owns_target) store_number(d_row + place.target, gradient.target);
@@ -217,20 +224,20 @@ __global__ void __launch_bounds__(kPieceThreads)
   using T = Accumulate<S>;
   const int lane = static_cast<int>(threadIdx.x) % lanes, group = static_cast<int>(threadIdx.x) / lanes;
   const int groups = static_cast<int>(blockDim.x) / lanes;
-  const int length = lanes * kPiecePacks * Pack<S>::width, pieces = (rows.classes + length - 1) / length;
-  const Turns turns(static_cast<std::int64_t>(gridDim.x) * groups, pieces);
-  for (Turn turn = turns.first(static_cast<std::int64_t>(blockIdx.x) * groups + group); turn.row < rows.count;
-       turn = turns.next(turn)) {
-    const Place place = place_of(rows, turn.row, false);
+  const int length = lanes * kPiecePacks * Pack<S>::width;
+  const Pieces pieces(static_cast<std::int64_t>(gridDim.x) * groups, (rows.classes + length - 1) / length);
+  Piece piece = pieces.at(static_cast<std::int64_t>(blockIdx.x) * groups + group);
+  for (; piece.row < rows.count; piece = pieces.after(piece)) {
+    const Place place = place_of(rows, piece.row, false);
     S* const d_row = d_logits + place.row * gradient_stride;
-    const Columns<aligned> columns{turn.piece * length, rows.classes, lanes, lane};
-    auto piece = tile_of<map, kPiecePacks>(rows, columns, vectors_of(rows));
+    const Columns<aligned> columns{piece.index * length, rows.classes, lanes, lane};
+    auto tile = tile_of<map, kPiecePacks>(rows, columns, vectors_of(rows));
     if (!place.is_read) {
-      piece.fill(value_of_unread<T>(place), d_row);
+      tile.fill(value_of_unread<T>(place), d_row);
       continue;
     }
-    piece.load(place);
-    const bool owns_target = piece.exclude(place.target);
+    tile.load(place);
+    const bool owns_target = tile.exclude(place.target);
     const T rest = gradients.rest[place.row];
     const T d_rest = gradients.d_rest[place.row];
     RowGradient<T> gradient{
@@ -243,7 +250,7 @@ __global__ void __launch_bounds__(kPieceThreads)
       const Target<T> target = load_target(rows, Results<S>{}, place);
       gradient.target = (gradients.d_target[place.row] - gradient.weights * target.weight) * target.slope;
     }
-    piece.spread(gradient, d_row);
+    tile.spread(gradient, d_row);
     if (owns_target) store_number(d_row + place.target, gradient.target);
   }
 }
@@ -285,7 +292,7 @@ bool is_aligned(const Rows<S>& rows, const S* d_logits, std::int64_t gradient_st
   return rows.classes % width == 0 && rows.stride % width == 0 && gradient_stride % width == 0 &&
          at_packs(rows.logits) && at_packs(d_logits) && at_packs(rows.probabilities) &&
          at_packs(rows.probabilities_wide) && at_packs(rows.factor) && at_packs(rows.bias) &&
-         at_packs(rows.class_weight);
+         (!rows.spreads || at_packs(rows.class_weight));
 }
 
 template <class S>
@@ -318,39 +325,12 @@ cudaError_t with_form(const Rows<S>& rows, bool aligned, const Function& f) {
   return aligned ? f(Form<Map::general, true>{}) : f(Form<Map::general, false>{});
 }
 
-inline int ceiling(std::int64_t a, std::int64_t b) { return static_cast<int>((a + b - 1) / b); }
-
-// The fewest lanes, a power of two up to `most`, whose packs hold so many numbers, or `most`.
-inline int lanes_for(int numbers, int per_lane, int most) {
-  int lanes = 1;
-  while (lanes < most && lanes * per_lane < numbers) lanes *= 2;
-  return lanes;
-}
-
-// Whole warps that share so many numbers.
-inline int threads_for(int numbers, int per_thread, int most) {
-  return std::clamp(ceiling(ceiling(numbers, per_thread), kWarp) * kWarp, kWarp, most);
-}
-
-constexpr cudaError_t kNoSuchCluster = cudaErrorInvalidClusterSize;
-
-// As many clusters as the device runs at a time, and `most`, or so many fewer that all take the same number of turns.
-template <class... Parameters>
-cudaError_t fill_device(void (*kernel)(Parameters...), std::int64_t work, Shape* shape, std::int64_t most = INT32_MAX) {
-  int resident = 0;
-  if (const cudaError_t error = resident_clusters(kernel, *shape, &resident)) return error;
-  if (resident == 0) return kNoSuchCluster;
-  const std::int64_t turns = ceiling(work, std::min<std::int64_t>(resident, most));
-  shape->blocks = static_cast<unsigned>(ceiling(work, turns)) * shape->cluster;
-  return cudaSuccess;
-}
-
-template <class S>
+template <int packs, class S>
 cudaError_t launch_in_lanes(const Rows<S>& rows, const Results<S>& results, bool aligned, cudaStream_t stream) {
-  constexpr int per_lane = kLanePacks * Pack<S>::width;
+  constexpr int per_lane = packs * Pack<S>::width;
   const int lanes = lanes_for(rows.classes, per_lane, kWarp);
   return with_form<S, true>(rows, aligned, [&](auto form) {
-    const auto kernel = &rows_in_lanes<S, form.map, form.aligned>;
+    const auto kernel = &rows_in_lanes<S, form.map, form.aligned, packs>;
     Shape shape{1, kLaneThreads, 1, staged_bytes(rows, lanes * per_lane, form.map)};
     if (const cudaError_t error = fill_device(kernel, ceiling(rows.count, kLaneThreads / lanes), &shape)) return error;
     return launch(kernel, shape, stream, rows, results, lanes);
@@ -365,13 +345,13 @@ cudaError_t launch_over_clusters(const Rows<S>& rows, const Results<S>& results,
   constexpr int per_thread = kClusterPacks * Pack<S>::width;
   return with_form<S, true>(rows, aligned, [&](auto form) {
     const auto kernel = &rows_over_clusters<S, form.map, form.aligned>;
-    for (const unsigned share : {2u, 1u}) {
+    for (const unsigned at_a_time : {2u, 1u}) {
       for (int blocks = 1; blocks <= (device.has_clusters ? kLargestCluster : 1); blocks *= 2) {
         const int stretch = ceiling(rows.classes, blocks);
         if (stretch > kClusterThreads * per_thread) continue;
         const int threads = threads_for(stretch, per_thread, kClusterThreads);
         const unsigned bytes = staged_bytes(rows, threads * per_thread, form.map);
-        if (share * (bytes + kReservedShared) > static_cast<unsigned>(device.shared_memory)) continue;
+        if (at_a_time * (bytes + kReservedShared) > static_cast<unsigned>(device.shared_memory)) continue;
         Shape shape{0, static_cast<unsigned>(threads), static_cast<unsigned>(blocks), bytes};
         const cudaError_t error = fill_device(kernel, rows.count, &shape);
         if (error == kNoSuchCluster) continue;
@@ -407,9 +387,15 @@ cudaError_t launch_rows(const Rows<S>& rows, const Results<S>& results, cudaStre
   Device device;
   if (const cudaError_t error = current_device(&device)) return error;
   if constexpr (!std::is_same_v<S, double>) {  // which is for tests
-    if (rows.classes <= kWarp * kLanePacks * Pack<S>::width) return launch_in_lanes(rows, results, aligned, stream);
+    constexpr int a_pack_each = kWarp * Pack<S>::width;
+    if (rows.classes <= a_pack_each * kLanePacks) return launch_in_lanes<kLanePacks>(rows, results, aligned, stream);
+    if (rows.classes <= a_pack_each * kWideLanePacks) {
+      return launch_in_lanes<kWideLanePacks>(rows, results, aligned, stream);
+    }
+    // With class vectors losses alone go there too, since it reads these from shared memory.
     const bool has_class_vectors = rows.bias || rows.factor || (rows.spreads && rows.class_weight);
-    if (results.d_logits != nullptr || has_class_vectors) {  // which are read from shared memory there
+    const bool fits_indices = rows.count <= std::numeric_limits<int>::max();
+    if (fits_indices && (results.d_logits != nullptr || has_class_vectors)) {
       const cudaError_t error = launch_over_clusters(rows, results, aligned, device, stream);
       if (error != kNoSuchCluster) return error;
     }

@@ -118,6 +118,7 @@ struct Pack {
 
   // The larger number of each two.
   __device__ __forceinline__ Pack or_larger(const Pack& other) const {
+    static_assert(sizeof(S) <= 4);
     Pack pack;
 #pragma unroll
     for (int w = 0; w < 4; ++w) pack.words[w] = larger(S{}, words[w], other.words[w]);

@@ -73,7 +73,7 @@ struct Shape {
 // What current_device() and resident_clusters() answer; for a test to set. Few clusters, so that kernels whose blocks
 // stay for many rows do.
 inline Device emulated_device = {2, 227 << 10, 50 << 20, true};
-inline int emulated_resident_clusters = 3;
+inline int emulated_resident_clusters = 2;
 
 namespace emulation {
 

@@ -89,7 +89,7 @@ enum Option : unsigned {
 constexpr Device kHopper{2, 227 << 10, 50 << 20, true}, kAmpere{2, 99 << 10, 50 << 20, false};
 constexpr Device kMedium{2, 28 << 10, 50 << 20, true}, kSmall{2, 12 << 10, 50 << 20, true};
 constexpr Device kSmaller{2, 9 << 10, 50 << 20, true}, kTiny{2, 4 << 10, 50 << 20, true};
-constexpr Device kLittleCache{8, 99 << 10, 40000, false};  // one row at a time, where it is read twice
+constexpr Device kLittleCache{2, 99 << 10, 40000, false};  // one row at a time, where it is read twice
 
 struct Case {
   const char* name;
@@ -118,6 +118,7 @@ constexpr Case kCases[] = {
     {"lanes_16", 20, 256, 1, kEverything},
     {"lanes_16_losses", 5, 200, 1, kBias | kLosses | kUnalignedVectors},
     {"lanes_32", 11, 500, 1, kProbabilities | kWeights | kSmoothing | kMasks},
+    {"lanes_8_unaligned_wide", 5, 80, 1, kProbabilities | kWideProbabilities | kUnalignedVectors},
     {"lanes_8_unaligned_probabilities", 5, 80, 1, kProbabilities | kUnalignedVectors},
     {"lanes_32_odd", 11, 507, 1, kMean | kInPlace, 1, 2},
     {"lanes_32_bias", 5, 500, 1, kBias | kMasks},
@@ -126,7 +127,12 @@ constexpr Case kCases[] = {
     {"lanes_gradient_strided", 5, 80, 1, kGradientStrided},
     {"lanes_gradient_offset", 5, 80, 1, kGradientOffset},
     {"lanes_many_rows", 200, 256, 1, kBias},
-    {"lanes_high", 5, 40, 1, kHigh},
+    {"lanes_high", 9, 40, 1, kHigh},
+    {"lanes_high_bfloat16", 9, 40, 1, kHigh, 0, 0, kHopper, Dtype::bfloat16},
+    {"lanes_wide", 11, 1000, 1, kInPlace},
+    {"lanes_wide_bias", 11, 513, 1, kBias | kMasks, 2, 1},
+    {"lanes_wide_everything", 5, 1024, 1, kEverything},
+    {"lanes_wide_bfloat16", 7, 2048, 1, kBias | kInPlace, 0, 0, kHopper, Dtype::bfloat16},
     {"lanes_nothing", 5, 40, 1, kNothing, 4},
     {"lanes_far", 3, 20, 1, kFar},
     {"lanes_bfloat16", 11, 776, 1, kEverything, 8, 0, kHopper, Dtype::bfloat16},
@@ -137,22 +143,22 @@ constexpr Case kCases[] = {
     {"cluster_1", 5, 2000, 1, kInPlace},
     {"cluster_1_bias", 5, 2000, 1, kBias},
     {"cluster_1_odd", 5, 1999, 1, kScale | kBias | kMasks, 2, 1},
-    {"cluster_1_one_warp", 5, 1000, 1, kBare},
+    {"cluster_1_two_warps", 5, 1028, 1, kBare},
     {"cluster_1_full", 3, 8192, 1, 0, 4},
-    {"cluster_1_nothing", 3, 601, 1, kNothing, 1},
-    {"cluster_1_far", 3, 600, 1, kFar},
+    {"cluster_1_nothing", 3, 1601, 1, kNothing, 1},
+    {"cluster_1_far", 3, 1600, 1, kFar},
     {"cluster_2", 3, 8196, 2},
-    {"cluster_2_bias", 5, 4096, 2, kBias | kMasks | kInPlace, 0, 0, kSmall},
+    {"cluster_2_bias", 8, 4096, 2, kBias | kMasks | kInPlace, 0, 0, kSmall},
     {"cluster_4", 3, 16388, 4, kScale},
     {"cluster_4_everything", 5, 8000, 4, kEverything, 4, 0, kMedium},
     {"cluster_4_probabilities", 5, 4001, 4, kProbabilities | kSmoothing | kWeights | kMasks, 0, 0, kSmaller},
     {"cluster_8", 3, 32772, 8},
     {"cluster_8_odd", 5, 16001, 8, kBias | kMean, 1, 3, kSmall},
     {"cluster_16", 3, 65540, 16},
-    {"cluster_1_losses", 5, 1001, 1, kLosses | kBias | kMasks},
+    {"cluster_1_losses", 7, 2001, 1, kLosses | kBias | kMasks},
     {"cluster_2_losses", 7, 4096, 2, kLosses | kBias, 0, 0, kSmall},
     {"cluster_2_split", 7, 4096, 1, kSplit | kBias, 0, 0, kSmall},
-    {"cluster_1_high", 5, 1000, 1, kHigh},
+    {"cluster_1_high", 9, 2000, 1, kHigh},
     {"cluster_16_bias", 5, 32000, 16, kBias | kZLoss, 0, 0, kSmall},
     {"cluster_2_bfloat16", 3, 16408, 2, kBias, 0, 0, kHopper, Dtype::bfloat16},
     {"cluster_4_float16", 3, 16407, 4, kEverything & ~kMasks, 0, 0, kHopper, Dtype::float16},  // two a multiprocessor
@@ -161,15 +167,15 @@ constexpr Case kCases[] = {
     // rows_in_sweeps
     {"sweeps", 5, 20000, 1, 0, 0, 0, kAmpere},
     {"sweeps_odd", 5, 17001, 1, kEverything | kInPlace, 1, 1, kAmpere},
-    {"sweeps_weights", 5, 1000, 1, kBias | kWeights | kSmoothing | kUnalignedVectors, 0, 0, kTiny},
+    {"sweeps_weights", 5, 2000, 1, kBias | kWeights | kSmoothing | kUnalignedVectors, 0, 0, kTiny},
     {"sweeps_probabilities", 3, 17000, 1, kProbabilities | kWeights | kInPlace, 0, 0, kLittleCache},
-    {"sweeps_in_place", 5, 1001, 1, kBias | kInPlace, 0, 0, kTiny},
-    {"sweeps_unaligned_bias", 5, 1000, 1, kLosses | kBias | kUnalignedVectors, 0, 0, kTiny},
-    {"sweeps_losses", 5, 1001, 1, kLosses | kMasks},
-    {"sweeps_high", 5, 20000, 1, kHigh, 0, 0, kAmpere},
+    {"sweeps_in_place", 5, 2001, 1, kBias | kInPlace, 0, 0, kTiny},
+    {"sweeps_unaligned_bias", 5, 2000, 1, kLosses | kBias | kUnalignedVectors, 0, 0, kTiny},
+    {"sweeps_losses", 5, 2001, 1, kLosses | kMasks},
+    {"sweeps_high", 9, 20000, 1, kHigh, 0, 0, kAmpere},
     {"sweeps_losses_long", 5, 17000, 1, kLosses | kScale},
     {"sweeps_nothing", 3, 17000, 1, kNothing, 4, 0, kAmpere},
-    {"sweeps_far", 3, 600, 1, kFar | kBias, 0, 0, kTiny},
+    {"sweeps_far", 3, 1600, 1, kFar | kBias, 0, 0, kTiny},
     {"sweeps_bfloat16", 3, 34000, 1, kBias, 0, 0, kAmpere, Dtype::bfloat16},
     {"sweeps_float64", 5, 2001, 1, kEverything, 0, 0, kHopper, Dtype::float64},
     {"sweeps_float64_short", 5, 10, 1, kProbabilities, 0, 0, kHopper, Dtype::float64},
@@ -178,6 +184,7 @@ constexpr Case kCases[] = {
     {"pieces_1", 300, 16, 1, kSplit},
     {"pieces_8", 40, 100, 1, kSplit | kEverything | kInPlace},
     {"pieces_32_odd", 5, 301, 1, kSplit | kBias, 1, 1},
+    {"pieces_high", 9, 100, 1, kSplit | kHigh},
     {"pieces_128", 5, 2000, 1, kSplit | kScale | kBias | kMasks},
     {"pieces_256", 5, 5001, 1, kSplit | kWeights | kSmoothing, 1, 3},
     {"pieces_unaligned_weights", 5, 1000, 1, kSplit | kWeights | kSmoothing | kUnalignedVectors},
@@ -332,13 +339,14 @@ class Matrix {
   std::size_t at(int row, int column) const { return static_cast<std::size_t>(row * stride_ + column); }
 };
 
-// Runs in every order; `run` returns its results.
+// Runs in every order, on 1 to 3 clusters at a time; `run` returns its results.
 template <class Run>
 void in_every_order(const Run& run) {
   using emulation::Order;
   Bytes first;
   for (int i = 0; i < 2 + random_orders; ++i) {
     emulation::schedule = {i == 0 ? Order::forward : i == 1 ? Order::reverse : Order::random, static_cast<unsigned>(i)};
+    emulated_resident_clusters = 1 + i % 3;
     const Bytes results = run();
     if (i == 0) first = results;
     if (results != first) wrong("not the same in every order: order %d", i);
@@ -359,7 +367,7 @@ bool close(double ours, double exact, double tolerance) {
 
 constexpr std::int64_t kIgnored = -100;
 constexpr double kGamma = 2, kEpsilon = 0.1, kZLossFactor = 0.01, kCap = 5, kCircleMargin = 0.25;
-constexpr double kHeights[] = {12345, -23456, 3e38};
+constexpr double kHeights[] = {12345, -5e8, 3e38, 23456};
 
 struct Expected {
   double loss;
@@ -381,7 +389,7 @@ struct Problem {
     std::normal_distribution<double> normal(0, c.has(kCircle) ? 0.3 : 3);
     for (int row = 0; row < c.rows; ++row) {
       // So far apart that another row's maximum leaves nothing of this one's exponentials.
-      const double shift = c.has(kHigh)                ? kHeights[row / 2 % 3]
+      const double shift = c.has(kHigh)                ? kHeights[row / 2 % 4]
                            : c.has(kCircle | kSoftcap) ? 0
                            : row % 2 == 0              ? 60
                                                        : -60;
@@ -772,11 +780,24 @@ void run_weight_sums(int rows, bool with_targets, bool with_class_weights, bool 
   });
 }
 
+// All clusters work on as many rows, as few at a time as they then can be.
+void run_rounds(int rows, int classes, int resident, unsigned blocks, const Device& device) {
+  emulated_device = device;
+  emulated_resident_clusters = resident;
+  const Case c{"", rows, classes, 1};
+  run_loss(Problem(c));
+  if (gridDim.x != blocks) wrong("%u blocks for %d rows, where %d fit", gridDim.x, rows, resident);
+}
+
 struct Function {
   const char* name;
   void (*run)();
 };
 constexpr Function kFunctions[] = {
+    {"rounds_of_some", [] { run_rounds(4, 2000, 3, 2, kHopper); }},
+    {"rounds_of_all", [] { run_rounds(5, 2000, 3, 3, kHopper); }},
+    {"rounds_of_few", [] { run_rounds(5, 2000, 7, 5, kHopper); }},
+    {"rounds_of_the_cache", [] { run_rounds(5, 20000, 3, 1, kLittleCache); }},
     {"scale_1", [] { run_scale(600, 16, 0, 0, 0.5); }},
     {"scale_8", [] { run_scale(70, 100, 4, 4, -3); }},
     {"scale_strided", [] { run_scale(5, 100, 2, 0, 0.3); }},
