@@ -872,6 +872,15 @@ ERRORS = {
 }
 
 
+@each_reduction
+@each_impl
+def test_a_bad_target_raises_before_anything_is_multiplied(impl, reduction):
+    module = ik.FocalLoss(reduction=reduction, impl=impl, chunk_bytes=1)
+    with counted_products() as products, pytest.raises(IndexError, match="target 29 is out of bounds"):
+        module.linear(X, W, T + 1)
+    assert products == []
+
+
 @pytest.mark.parametrize("case", ERRORS)
 def test_an_error_names_the_argument(case):
     call, error, message = ERRORS[case]
