@@ -31,9 +31,9 @@ from imbalance_kernels.options import accumulate_dtype
 
 __all__ = ["SCHEMAS", "Plan", "Wants", "operations"]
 
-# Bytes of logits in a chunk. Of 64, 80, 128 and 256 MiB the last is the fastest on a CPU (1024 x 256 x 131072: 1.21, 1.14,
-# 1.11 and 1.06 times the bare products). On a GPU it is a choice that was not measured yet: 4096 rows of 128k classes in
-# bfloat16.
+# Bytes of logits in a chunk. Of 64, 80, 128 and 256 MiB the last is the fastest on a CPU: 1.21, 1.14, 1.11 and 1.06
+# times the bare products (1024 x 256 x 131072, bench/bench_linear.py). On a GPU it is a choice that was not measured
+# yet: 4096 rows of 128k classes in bfloat16.
 CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30, "xpu": 1 << 30}
 FEWEST_ROWS = 128  # of a chunk, unless chunk_bytes says otherwise: below, products wait for the weight
 ROWS_UNIT = 16  # chunks have a multiple of rows where they may
