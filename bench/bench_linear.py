@@ -309,7 +309,7 @@ def time_cross_entropy(problem: Problem, arguments: argparse.Namespace, run: Run
 
 
 def time_losses(problem: Problem, arguments: argparse.Namespace) -> Result:
-    """Every loss beside cross-entropy, at the first chunk."""
+    """Every loss of one temperature beside cross-entropy, at the first chunk; others make the logits twice or more."""
     mebibytes = arguments.chunks[0]
     result = Result(problem.name + ", every loss")
     candidates = [ours(problem, loss, mebibytes, loss.name) for loss in (PLAIN, *OTHER_LOSSES)]
@@ -332,7 +332,7 @@ def table(result: Result) -> str:
 def loss_table(result: Result) -> str:
     lines = [heading(f"{result.name}: times beside cross-entropy")]
     for measurement in result.measurements[1:]:
-        lines.append(f"{measurement.candidate:<40}{result.ratio(measurement.candidate, PLAIN.name):>8.3f}")
+        lines.append(_verdict(measurement.candidate, result.ratio(measurement.candidate, PLAIN.name), LOSS_LIMIT))
     return "\n".join(lines)
 
 

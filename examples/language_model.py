@@ -248,7 +248,7 @@ def report(result: dict) -> str:
 {result["loss"]}, {result["head"]} head: loss {first:.3f} at the first step, {last:.3f} over the last ten
 throughput: {speed}
 peak memory of a step: {memory}
-held-out text: {result["accuracy"]:.1%} of the next tokens right, {result["balanced_accuracy"]:.1%} as the mean over tokens"""
+held-out text: {result["accuracy"]:.1%} of all tokens right, {result["balanced_accuracy"]:.1%} as the mean over kinds"""
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from imbalance_kernels.modules import CrossEntropyLoss, SoftmaxLoss
 from imbalance_kernels.ops.checks import as_linear_rows, check_class_vector, check_row_tensors
 from imbalance_kernels.ops.linear import linear_split, prepare_linear
 from imbalance_kernels.options import accumulate_dtype
-from imbalance_kernels.softmax_row import RowTargets, reduce_rows, row_losses
+from imbalance_kernels.softmax_row import RowTargets, reduce_rows, row_losses, without_rows
 
 __all__ = ["LinearLoss", "RadiusMarginLoss"]
 
@@ -24,8 +24,9 @@ ALIGNMENT = 8  # features: a GPU's products of halves want rows of 16 bytes
 class LinearLoss(torch.nn.Module):
     """A linear layer and the loss of its logits in one, without the logits: ``loss(input weight^T + bias, target)``.
 
-    Drop-in for torch.nn.LinearCrossEntropyLoss where the loss is cross-entropy: the layer is `linear`, and the state
-    dict that of torch's (whose class weights, if there are any, become the loss's).
+    Drop-in for torch.nn.LinearCrossEntropyLoss where the loss is cross-entropy: it is called alike, the layer is
+    `linear`, and it loads torch's state dict (whose class weights, if there are any, become the loss's). What torch's
+    constructor takes beside the layer (weight, reduction, ...) the loss takes.
 
     Args:
         in_features: D.
@@ -33,7 +34,7 @@ class LinearLoss(torch.nn.Module):
         loss: any softmax-family loss of this package; `CrossEntropyLoss()` by default.
         bias: the layer has one.
         cosine: input and the layer's rows are normalised, so that the logits are cosines, as CosFace, ArcFace and LDAM
-            want them; gradients go through the norms.
+            want them; gradients go through the norms. Takes memory for two more copies of the weight.
         device, dtype: of the layer.
 
     Raises:
@@ -78,7 +79,11 @@ class LinearLoss(torch.nn.Module):
         """
         if not isinstance(head, torch.nn.Linear):
             raise TypeError(f"head is a {type(head).__name__}, but it must be a torch.nn.Linear")
+        if type(head).forward is not torch.nn.Linear.forward:
+            raise TypeError(f"head is a {type(head).__name__} with a forward of its own, which would not be called")
         has_bias = head.bias is not None
+        if has_bias and cosine:
+            raise ValueError("head has a bias, but with cosine=True there is none: cosines have no bias")
         made = cls(head.in_features, head.out_features, loss, bias=has_bias, cosine=cosine, device="meta")
         made.linear = head
         return made
@@ -92,6 +97,9 @@ class LinearLoss(torch.nn.Module):
         normalizer: Tensor | float | None = None,
     ) -> Tensor:
         """Return the loss, see `SoftmaxLoss.linear`: input is (..., D), target (...)."""
+        if self.cosine and not target.is_floating_point() and target.shape == input.shape[:-1]:
+            ignored = target == self.loss.ignore_index  # what such rows hold does not matter, their norms neither
+            input = torch.where(ignored[..., None], torch.zeros_like(input), input)
         input, weight = self._operands(input)
         return self.loss.linear(
             input, weight, target, self.linear.bias, sample_weight=sample_weight, normalizer=normalizer
@@ -117,8 +125,10 @@ class LinearLoss(torch.nn.Module):
 
 
 def _normalised(x: Tensor) -> Tensor:
-    """Return x (..., D) of length one, computed in float32 for halves."""
-    return torch.nn.functional.normalize(x.to(accumulate_dtype(x.dtype)), dim=-1).to(x.dtype)
+    """Return x (..., D) of length one, computed in float32 for halves; 0 stays 0, with gradients of order one."""
+    exact = x.to(accumulate_dtype(x.dtype))
+    norm = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
+    return (exact / torch.where(norm > 0, norm, torch.ones_like(norm))).to(x.dtype)
 
 
 class RadiusMarginLoss(SoftmaxLoss):
@@ -126,7 +136,7 @@ class RadiusMarginLoss(SoftmaxLoss):
 
     A class is a ball around its samples: a sample of class t is to be right also when it moves by r_t anywhere. Linear
     form only, since the class vectors u_j (rows of the layer's weight) take part; gradients go through their norms.
-    Logits are made again in backward: four products.
+    Logits are made again in backward: four products. Takes memory for two more copies of the weight.
 
     Args:
         radius: r, at least 0, a number or one per class (C,).
@@ -186,6 +196,8 @@ class RadiusMarginLoss(SoftmaxLoss):
         radius = self._radius if dtype == torch.float32 else self._exact_radius.to(input.device)
         if radius.dim() == 1:
             check_class_vector("radius", radius, num_classes)
+        sample_weight, normalizer = check_row_tensors(options, rows, sample_weight, normalizer)
+        rows = rows._replace(target=without_rows(rows.target, options, normalizer))
         targets = RowTargets.of(rows.target, num_classes, options.ignore_index)
         of_row = torch.where(targets.valid, radius.expand(num_classes)[targets.indices], 0.0)  # (N,) r_t
         norms = linear_weight.to(dtype).norm(dim=1)  # (C,) |u_j|
@@ -200,7 +212,6 @@ class RadiusMarginLoss(SoftmaxLoss):
             accumulate=self.accumulate,
             impl=self.impl,
         )
-        sample_weight, normalizer = check_row_tensors(options, rows, sample_weight, normalizer)
         split = linear_split(linear, rows.target, options)  # of u_j x + r_t |u_j| for the target too
 
         logit_map = options.logit_map

@@ -14,7 +14,7 @@ from torch import Tensor
 from imbalance_kernels.objectives import evaluate
 from imbalance_kernels.options import SoftmaxOptions
 
-__all__ = ["RowSplit", "RowTargets", "reduce_rows", "row_losses", "row_weights"]
+__all__ = ["RowSplit", "RowTargets", "reduce_rows", "row_losses", "row_weights", "without_rows"]
 
 
 class RowSplit(NamedTuple):
@@ -50,6 +50,13 @@ class RowTargets(NamedTuple):
         ignored = target == ignore_index
         valid = (target >= 0) & (target < num_classes) & ~ignored
         return cls(torch.where(valid, target, 0).long(), valid, ignored)
+
+
+def without_rows(target: Tensor, options: SoftmaxOptions, normalizer: Tensor | None) -> Tensor:
+    """Return class indices (N,), all ignored where the normalizer is 0: then what rows hold does not matter."""
+    if normalizer is None:
+        return target
+    return torch.where(normalizer == 0, torch.full_like(target, options.ignore_index), target)
 
 
 def row_losses(

@@ -155,8 +155,7 @@ def _check_not_distributed(input: Tensor, linear_weight: Tensor, target: Tensor,
 
 
 def _check_master_copy(name: str, tensor: Tensor, input: Tensor) -> None:
-    halves = (torch.bfloat16, torch.float16)
-    if not (input.dtype in halves and tensor.dtype in (torch.float32, *halves)):
+    if not (input.dtype in (torch.bfloat16, torch.float16) and tensor.dtype == torch.float32):
         raise TypeError(
             f"{name} has dtype {tensor.dtype}, but input has {input.dtype}: they must be of one dtype, or {name} "
             "float32 with an input in half precision"

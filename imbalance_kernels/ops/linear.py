@@ -5,8 +5,9 @@ Rows go through one buffer of logits, a chunk at a time (linear_kernels.py). Whe
 per row ("none", the split and what is written on it) forward keeps vectors of N, and backward makes the logits again:
 four products.
 
-Halves: the gradient of a chunk's logits is made for coefficients of order one, and what a row counts for (1/N of a
-mean, the upstream gradient) is multiplied in float32 after the products, so that it does not underflow.
+Halves: the gradient of a chunk's logits is made for coefficients of order one, and what they were divided by (1/N of a
+mean, the upstream gradient) is multiplied in float32 after the products, so that it does not underflow. It is a power
+of two, so that nothing is rounded a second time.
 """
 
 from __future__ import annotations
@@ -112,7 +113,8 @@ class _GradientsInBackward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_losses: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, bias, target, sample_weight, *_ = ctx.saved_tensors
-        (upstream,), factor = _of_order_one((d_losses,), input.dtype)
+        bound = _bound(ctx.options, target, sample_weight, torch.ones_like(d_losses))
+        (upstream,), factor = _of_order_one((d_losses,), bound, input.dtype)
         arguments = loss_arguments(target, ctx.options, sample_weight, None)
         gradients = operations.linear_loss_backward(input, weight, bias, *arguments, upstream, *ctx.plan, *ctx.wants)
         dtypes = input.dtype, weight.dtype, None if bias is None else bias.dtype
@@ -149,7 +151,9 @@ class _Split(torch.autograd.Function):
         ctx: Any, d_target: Tensor, d_rest: Tensor, _shift: Tensor, d_weighted_logits: Tensor, _weight_sum: Tensor
     ) -> tuple[Tensor | None, ...]:
         input, weight, bias, target, rest, shift, *_ = ctx.saved_tensors
-        upstream, factor = _of_order_one((d_target, d_rest, d_weighted_logits), input.dtype)
+        one = d_target.new_ones(())  # u_j of the weighted logits is a probability, or a class weight
+        heaviest = one if ctx.options.weight is None else ctx.options.weight.abs().amax().clamp_min(1)
+        upstream, factor = _of_order_one((d_target, d_rest, d_weighted_logits), heaviest, input.dtype)
         arguments = (target, *split_arguments(ctx.options), rest, shift, *upstream)
         gradients = operations.linear_split_backward(input, weight, bias, *arguments, *ctx.plan, *ctx.wants)
         dtypes = input.dtype, weight.dtype, None if bias is None else bias.dtype
@@ -184,18 +188,36 @@ def _scaled_one(
     return (gradient.to(accumulate_dtype(gradient.dtype)) * factor).to(dtype)
 
 
-def _of_order_one(upstream: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Tensor | None]:
-    """Return upstream gradients (N,) such that halves hold products with them, and what they were divided by."""
+def _of_order_one(
+    upstream: tuple[Tensor, ...], bound: Tensor, dtype: torch.dtype
+) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """Return upstream gradients (N,) such that halves hold `bound` (N,) times them, and what they were divided by."""
     if dtype not in HALVES:
         return upstream, None
-    largest = _largest(torch.cat(upstream))
-    return tuple(vector / largest for vector in upstream), largest
+    size = _size(torch.cat([vector * bound for vector in upstream]))
+    return tuple(vector / size for vector in upstream), size
 
 
-def _largest(vector: Tensor) -> Tensor:
-    """Return the largest size () in a vector (N,), 1 where that is 0."""
-    largest = torch.cat((vector.abs(), vector.new_zeros(1))).amax()
-    return torch.where(largest > 0, largest, torch.ones_like(largest))
+def _size(vector: Tensor) -> Tensor:
+    """Return the power of two () below the largest finite number in a vector (N,) of float32; 1 where that is 0."""
+    finite = torch.where(vector.isfinite(), vector.abs(), 0.0)
+    largest = torch.cat((finite, vector.new_zeros(1))).amax()
+    power = (largest.view(torch.int32) & 0x7F800000).view(torch.float32)  # the exponent alone
+    return torch.where(power > 0, power, torch.ones_like(power))
+
+
+def _bound(options: SoftmaxOptions, target: Tensor, sample_weight: Tensor | None, ones: Tensor) -> Tensor:
+    """Return about the largest coefficient of a row's gradient (N,): its weights, and that of the z-loss."""
+    of_class = ones
+    if options.weight is not None:
+        spread = target.is_floating_point() or options.label_smoothing > 0
+        if spread:
+            of_class = ones * options.weight.abs().amax()
+        else:
+            targets = RowTargets.of(target, options.weight.numel(), options.ignore_index)
+            of_class = torch.where(targets.valid, options.weight[targets.indices].abs(), 0.0)
+    bound = of_class + options.z_loss
+    return bound if sample_weight is None else bound * sample_weight.abs()
 
 
 def _divisors(
@@ -203,27 +225,27 @@ def _divisors(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return by what the kernels divide, by what their loss is multiplied, and what is added to it: () or None.
 
-    A mean's divisor is that of all rows, so it comes before the first chunk. For halves the kernels divide by the
-    largest weight of a row, so that the gradients that they round are of order one, and the rest is a factor.
+    A mean's divisor is that of all rows, so it comes before the first chunk. For halves the kernels divide by about the
+    largest coefficient, so that the gradients that they round are of order one, and the rest is a factor.
     """
     dtype = accumulate_dtype(linear.input.dtype)
     ones = linear.input.new_ones(linear.input.shape[:1], dtype=dtype)  # (N,)
-    targets = None
-    if not target.is_floating_point():
-        targets = RowTargets.of(target, linear.weight.shape[0], options.ignore_index)
-    weights = row_weights(ones, targets, options, sample_weight)  # (N,)
     divisor, ratio, offset = normalizer, None, None
     if normalizer is None and options.reduction == "mean":
-        divisor = weights.sum()
-        offset = torch.where(divisor == 0, math.nan, 0.0).to(dtype)  # the mean of nothing is NaN, and its gradient 0
+        targets = None
+        if not target.is_floating_point():
+            targets = RowTargets.of(target, linear.weight.shape[0], options.ignore_index)
+        total = row_weights(ones, targets, options, sample_weight).sum()
+        offset = torch.where(total == 0, math.nan, 0.0).to(dtype)  # the mean of nothing is NaN, and its gradient 0
+        divisor = torch.where(total == 0, torch.ones_like(total), total)
     if linear.input.dtype in HALVES:
-        largest = _largest(weights)
         if divisor is None:
-            divisor, ratio = largest, largest
-        else:
-            nothing = divisor == 0  # gives 0
-            ratio = torch.where(nothing, torch.ones_like(divisor), largest / divisor)
-            divisor = torch.where(nothing, divisor, largest)
+            divisor = ones.new_ones(())
+        share = _bound(options, target, sample_weight, ones) / torch.where(
+            divisor == 0, torch.ones_like(divisor), divisor
+        )
+        ratio = _size(share)
+        divisor = divisor * ratio  # a normalizer of 0 stays 0
     return divisor, ratio, offset
 
 
@@ -242,10 +264,14 @@ def prepare_linear(
     rows = as_linear_rows(input, linear_weight, target, linear_bias)
     num_classes = linear_weight.shape[0]
     check_options(options, num_classes, target)
-    if chunk_bytes is not None and not chunk_bytes > 0:
-        raise ValueError(f"chunk_bytes is {chunk_bytes!r}, but it must be None or above 0")
+    if chunk_bytes is not None and not (isinstance(chunk_bytes, (int, torch.SymInt)) and chunk_bytes > 0):
+        raise ValueError(f"chunk_bytes is {chunk_bytes!r}, but it must be None or an int above 0")
     if accumulate not in ("float32", "weight"):
         raise ValueError(f"accumulate is {accumulate!r}, but it must be 'float32' or 'weight'")
+    if accumulate == "weight" and linear_weight.dtype == torch.float16:
+        raise ValueError(
+            "accumulate is 'weight', but a sum over rows may leave float16's range before it is divided: use 'float32'"
+        )
     plan = Plan(choose(impl, rows.logits), chunk_bytes, accumulate)
     check_range(rows, options, num_classes)
     if options.logit_map.cosines:

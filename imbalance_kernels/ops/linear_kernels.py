@@ -8,8 +8,8 @@
 Nothing else of a chunk's size exists, and nothing of size (N, C). The loop over chunks is one opaque operation of
 torch.ops.imbalance_kernels_linear, so that a compiled graph serves every N.
 
-On a CPU rows that are ignored are not multiplied. On an accelerator they are: to leave them out the host would have to
-wait for their number, and shapes would depend on data, which neither CUDA graphs nor compiled ones allow.
+On a CPU rows that are ignored are not multiplied. On an accelerator they are, as zeros: to leave them out the host
+would have to wait for their number, and shapes would depend on data, which neither CUDA graphs nor compiled ones allow.
 """
 
 from __future__ import annotations
@@ -76,11 +76,11 @@ SCHEMAS = {
 
 operations: Any = torch.ops.imbalance_kernels_linear
 
-Rows = slice | Tensor  # a chunk's: consecutive, or indices (n,) where ignored rows lie between
+RowIndex = slice | Tensor  # a chunk's: consecutive, or indices (n,) where ignored rows lie between
 
 
 class _Chunk(NamedTuple):
-    rows: Rows
+    rows: RowIndex
     input: Tensor  # (n, D)
     logits: Tensor  # (n, C), to be overwritten by their gradient
 
@@ -102,6 +102,7 @@ class _Chunks:
         self.bias = None if linear_bias is None else linear_bias.to(input.dtype)
         self.wants = wants
         self.kept = _counted_rows(arguments)  # (K,) or None for all rows
+        self.counts = None if _compacts(input.device) else _row_counts(arguments)  # (N,) bool or None for all rows
         self.num_rows = input.shape[0] if self.kept is None else self.kept.numel()
         self.rows_at_once = rows_of_chunk(self.num_rows, linear_weight.shape[0], input, plan.chunk_bytes)
         self.buffer = _fresh((min(self.rows_at_once, self.num_rows), linear_weight.shape[0]), input.dtype, input.device)
@@ -115,7 +116,10 @@ class _Chunks:
         for first in range(0, self.num_rows, self.rows_at_once):
             last = min(first + self.rows_at_once, self.num_rows)
             rows = slice(first, last) if self.kept is None else self.kept[first:last]
-            chunk = _Chunk(rows, self.input[rows], self.buffer[: last - first])
+            input = self.input[rows]
+            if self.counts is not None:  # what they hold, NaN too, times a gradient of 0 is 0
+                input = torch.where(self.counts[rows, None], input, 0)
+            chunk = _Chunk(rows, input, self.buffer[: last - first])
             logits_of(chunk.input, self.weight, self.bias, chunk.logits)
             yield chunk
             if self.wants.d_input:
@@ -155,13 +159,27 @@ def _fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Te
     return memory
 
 
+def _compacts(device: torch.device) -> bool:
+    """Return whether rows that do not count are left out: where the host need not wait to know their number."""
+    return device.type == "cpu"
+
+
 def _counted_rows(arguments: LossArguments | SplitArguments) -> Tensor | None:
-    """Return the indices of rows that are not ignored, where that waits for no device, or None for all rows."""
-    target = arguments.target
-    if target.device.type != "cpu" or target.is_floating_point():
+    """Return the indices of rows that count, where that waits for no device, or None for all rows."""
+    counts = _row_counts(arguments)
+    if counts is None or not _compacts(counts.device):
         return None
-    counted = target != arguments.ignore_index
-    return None if bool(counted.all()) else counted.nonzero().squeeze(1)
+    return None if bool(counts.all()) else counts.nonzero().squeeze(1)
+
+
+def _row_counts(arguments: LossArguments | SplitArguments) -> Tensor | None:
+    """Return which rows count (N,): not those that are ignored, and none with a normalizer of 0. None for all."""
+    target, normalizer = arguments.target, getattr(arguments, "normalizer", None)
+    counts = None if target.is_floating_point() else target != arguments.ignore_index
+    if normalizer is None:
+        return counts
+    divides = (normalizer != 0).expand(target.shape[:1])
+    return divides if counts is None else counts & divides
 
 
 def _gradients_like(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 __all__ = ["add_d_bias", "add_d_weight", "d_input_of", "logits_of"]
 
+ACCELERATOR_BLOCK_NUMBERS = 1 << 26  # the same where cuBLAS is not: memory, 256 MB, is what limits it
 BLOCK_NUMBERS = 1 << 19  # of float32, 2 MB: what one operand of a product of halves takes on a CPU
 
 
@@ -49,7 +50,8 @@ def add_d_weight(d_logits: Tensor, rows: Tensor, total: Tensor, first: bool) -> 
         torch.addmm(total, d_logits.t(), rows, out_dtype=torch.float32, beta=beta, out=total)
     else:  # not a product of halves, added: 64 such roundings lie 20 % further off than the unchunked product's one
         rows = rows.float()
-        for classes in _blocks(total.shape[0], rows.shape):
+        block_numbers = BLOCK_NUMBERS if rows.device.type == "cpu" else ACCELERATOR_BLOCK_NUMBERS
+        for classes in _blocks(total.shape[0], rows.shape, block_numbers):
             block = torch.mm(d_logits[:, classes].float().t(), rows)
             total[classes] = block if first else block.add_(total[classes])
 
@@ -80,7 +82,7 @@ def _multiplies_bfloat16() -> bool:
 _MULTIPLIES_BFLOAT16 = _multiplies_bfloat16()
 
 
-def _blocks(num_classes: int, operand: torch.Size) -> list[slice]:
+def _blocks(num_classes: int, operand: torch.Size, block_numbers: int = BLOCK_NUMBERS) -> list[slice]:
     """Return blocks of classes, small enough that float32 copies of an operand's stay in cache."""
-    size = max(64, BLOCK_NUMBERS // max(1, *operand))
+    size = max(64, block_numbers // max(1, *operand))
     return [slice(first, first + size) for first in range(0, num_classes, size)]

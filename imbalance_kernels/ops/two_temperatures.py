@@ -21,7 +21,7 @@ from imbalance_kernels.ops.linear import linear_split, prepare_linear
 from imbalance_kernels.ops.softmax_loss import prepare
 from imbalance_kernels.ops.target_and_rest import split_rows
 from imbalance_kernels.options import SoftmaxOptions
-from imbalance_kernels.softmax_row import RowSplit, RowTargets, reduce_rows, row_losses
+from imbalance_kernels.softmax_row import RowSplit, RowTargets, reduce_rows, row_losses, without_rows
 
 __all__ = ["FORMS", "linear_two_temperature_loss", "two_temperature_loss"]
 
@@ -50,8 +50,8 @@ def two_temperature_loss(
     rows, options, impl = prepare(input, target, options, class_dim, impl)
     options = replace(options, inplace=False)
 
-    def split(options: SoftmaxOptions) -> RowSplit:
-        return split_rows(rows.logits, rows.target, options, impl)
+    def split(options: SoftmaxOptions, target: Tensor) -> RowSplit:
+        return split_rows(rows.logits, target, options, impl)
 
     return _loss(split, rows, options, form, rows.logits.shape[1], sample_weight, normalizer)
 
@@ -75,14 +75,14 @@ def linear_two_temperature_loss(
         input, linear_weight, target, linear_bias, options, chunk_bytes=chunk_bytes, accumulate=accumulate, impl=impl
     )
 
-    def split(options: SoftmaxOptions) -> RowSplit:
-        return linear_split(linear, rows.target, options)
+    def split(options: SoftmaxOptions, target: Tensor) -> RowSplit:
+        return linear_split(linear, target, options)
 
     return _loss(split, rows, options, form, linear_weight.shape[0], sample_weight, normalizer)
 
 
 def _loss(
-    split_of: Callable[[SoftmaxOptions], RowSplit],
+    split_of: Callable[[SoftmaxOptions, Tensor], RowSplit],
     rows: Rows,
     options: SoftmaxOptions,
     form: str,
@@ -93,9 +93,10 @@ def _loss(
     assert isinstance(options.objective, SoftTruncation)
     sample_weight, normalizer = check_row_tensors(options, rows, sample_weight, normalizer)
     sharpness = options.objective.sharpness
-    targets = RowTargets.of(rows.target, num_classes, options.ignore_index)
-    split = split_of(options)
-    sharp = split_of(_at_temperature(options, -sharpness if form == "softmax_neg" else sharpness))
+    target = without_rows(rows.target, options, normalizer)
+    targets = RowTargets.of(target, num_classes, options.ignore_index)
+    split = split_of(options, target)
+    sharp = split_of(_at_temperature(options, -sharpness if form == "softmax_neg" else sharpness), target)
     log_odds = sharp.log_odds if form == "softmax_neg" else -sharp.log_odds
     # A masked target has p = 0: weight 1, and nothing to differentiate in it.
     masked = split.target == -math.inf
