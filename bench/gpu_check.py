@@ -3,7 +3,7 @@
     python bench/gpu_check.py OUT [--dry-run]
 
 It builds the extension for this GPU, looks whether it is the one that is chosen, runs the tests marked gpu, a few cases
-under compute-sanitizer, and the benchmark; all that came out is in OUT/gpu_check.json, with a picture or log of each.
+under compute-sanitizer, and the benchmarks; all that came out is in OUT/gpu_check.json, with a picture or log of each.
 The environment is the machine's own, and nothing is installed: torch with Triton, pytest with xdist and hypothesis,
 mpmath, matplotlib, setuptools 77 or later, ninja, a C++ compiler and nvcc. Steps that fail do not stop those after
 them; the exit status tells.
@@ -46,7 +46,7 @@ OLDEST_SETUPTOOLS = 77  # an older one does not read our pyproject.toml
 VERSIONS = ("torch", "triton", "numpy", "liger-kernel", "flash-linear-attention", "quack-kernels", "cut-cross-entropy")
 
 # Seconds that a step may take, beside what those before it have left; eight minutes in all.
-SECONDS = {"build": 105, "kernels": 15, "tests": 140, "memcheck": 45, "racecheck": 45, "benchmark": 130}
+SECONDS = {"build": 105, "kernels": 15, "tests": 130, "memcheck": 45, "racecheck": 45, "benchmark": 100, "linear": 40}
 
 KERNELS = """
 import sys, torch, imbalance_kernels as ik
@@ -106,6 +106,7 @@ def steps_on_gpu(folder: Path) -> list[Step]:
         sanitize("memcheck", {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),  # each tensor an allocation that it knows
         sanitize("racecheck", {}),
         Step("benchmark", [*benchmark_command(folder), "--device", "cuda"]),
+        Step("linear", [*linear_command(folder), "--device", "cuda", "--dtypes", "bfloat16", "--no-compile"]),
     ]
 
 
@@ -132,6 +133,7 @@ def steps_on_cpu(folder: Path) -> list[Step]:
         Step("memcheck", cases, stand_ins, not_run),
         Step("racecheck", cases, stand_ins, not_run),
         Step("benchmark", [*benchmark_command(folder), *tiny, "--no-compile"], stand_ins),
+        Step("linear", [*linear_command(folder), "--device", "cpu", "--quick"]),
     ]
 
 
@@ -142,6 +144,10 @@ def pytest_command(folder: Path) -> list[str]:
 
 def benchmark_command(folder: Path) -> list[str]:
     return [sys.executable, "bench/bench_softmax_loss.py", "--output", str(folder)]
+
+
+def linear_command(folder: Path) -> list[str]:
+    return [sys.executable, "bench/bench_linear.py", "--no-losses", "--output", str(folder)]
 
 
 def run(step: Step, folder: Path, limit: float) -> dict:

@@ -406,6 +406,60 @@ def test_nothing_waits_for_the_device(impl):
         torch.cuda.set_sync_debug_mode("default")
 
 
+def fused_case(dtype, reduction, impl):
+    """A fused loss, what it is called with, and its upstream gradient; an ignored row holds NaN."""
+    loss = ik.FocalLoss(reduction=reduction, label_smoothing=0.1, impl=impl, chunk_bytes=1 << 16).to(DEVICE)
+    input = torch.randn(40, 64, device=DEVICE, dtype=dtype)
+    target = torch.randint(1000, (40,), device=DEVICE)
+    target[3], input[3] = -100, math.nan
+    weight = torch.randn(1000, 64, device=DEVICE, dtype=dtype).div(4)
+    upstream = torch.rand((40,) if reduction == "none" else (), device=DEVICE) + 0.5
+    return loss, (input.requires_grad_(), weight.requires_grad_()), target, upstream
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@each_impl
+def test_fused_with_the_linear_layer(impl, dtype, reduction):
+    """Against float64, in several chunks; rows that are ignored are multiplied there, as zeros."""
+    loss, (input, weight), target, upstream = fused_case(dtype, reduction, impl)
+    found = torch.autograd.grad(loss.linear(input, weight, target), (input, weight), upstream)
+    leaves = [x.detach().double().cpu().nan_to_num().requires_grad_() for x in (input, weight)]
+    exact = ik.FocalLoss(reduction=reduction, label_smoothing=0.1, impl="reference")
+    right = torch.autograd.grad(exact(leaves[0] @ leaves[1].t(), target.cpu()), leaves, upstream.double().cpu())
+    for ours, theirs in zip(found, right, strict=True):
+        limit = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+        assert float((ours.double().cpu() - theirs).abs().max()) <= limit * float(theirs.abs().max())
+
+
+@needs_device
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@each_impl
+def test_fused_in_a_graph_on_another_stream(impl, dtype, reduction):
+    """So nothing waits for the device either."""
+    loss, leaves, target, upstream = fused_case(dtype, reduction, impl)
+
+    def step():
+        return torch.autograd.grad(loss.linear(*leaves, target), leaves, upstream)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    with torch.no_grad():
+        leaves[0].normal_()
+        target.random_(1000)
+        upstream.uniform_(0.5, 1.5)
+    graph.replay()
+    for ours, right in zip(found, step(), strict=True):
+        torch.testing.assert_close(ours, right, rtol=1e-2, atol=1e-6)
+
+
 @needs_device
 @each_impl
 @pytest.mark.parametrize("inplace, gradients", [(False, 1), (True, 0)])
