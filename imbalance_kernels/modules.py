@@ -151,7 +151,8 @@ class SoftmaxLoss(torch.nn.Module):
 
         Rows go through one buffer of at most `chunk_bytes` (None: 256 MiB on a CPU, 1 GiB on a GPU, and at least 128
         rows). With "mean" and "sum" the gradients are made in forward, in three products; with "none" backward makes
-        the logits again. On a GPU rows that are ignored are multiplied all the same.
+        the logits again. On a GPU rows that are ignored are multiplied all the same, as zeros. `inplace` means nothing
+        here: the buffer is always overwritten.
 
         Args:
             input: (..., D); under autocast it is cast as a linear layer's would be.
@@ -167,7 +168,9 @@ class SoftmaxLoss(torch.nn.Module):
             The loss, () or of target's shape for reduction="none"; float32 for half-precision input.
 
         Raises:
-            ValueError, TypeError, IndexError: as in forward; a DTensor.
+            ValueError, TypeError, IndexError: as in forward.
+            TypeError: a DTensor, whose sharded form does not exist yet.
+            ValueError: accumulate="weight" with a float16 weight, whose range a sum over rows may leave.
 
         Example:
             >>> head = torch.nn.Linear(8, 100, bias=False)
