@@ -18,7 +18,7 @@ from torch.utils import cpp_extension
 
 TESTS = build.EMULATION.parent
 TABLES = [
-    TESTS / f"test_{name}.py" for name in ("cuda", "softmax_loss", "numerics", "modules", "properties", "behaviour")
+    TESTS / f"test_{name}.py" for name in ("cuda", "softmax_loss", "linear", "numerics", "modules", "properties", "behaviour")
 ]
 SOURCES = [build.CSRC / "bindings.cpp", *sorted(build.CSRC.glob("cuda/*.cu"))]
 
