@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import imbalance_kernels as ik
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 pytest.importorskip("mistral_common", reason="the example's corpus needs the extra [demo]")
 SMALL = ["--batch", "1", "--context", "16", "--width", "8", "--layers", "1", "--device", "cpu"]
@@ -46,10 +48,16 @@ def test_a_checkpoint_of_another_run_is_refused(language_model, tmp_path):
 
 
 @pytest.mark.parametrize("loss", ["logit_adjusted", "cosface"])
-def test_fused_and_plain_heads_agree(language_model, loss):
-    fused, plain = (
-        language_model.main([*SMALL, "--steps", "4", "--loss", loss, "--head", head]) for head in ("fused", "plain")
+def test_fused_and_plain_heads_agree(language_model, loss, monkeypatch):
+    made = []  # logits: of steps True, of evaluation False
+    logits = ik.LinearLoss.logits
+    monkeypatch.setattr(
+        ik.LinearLoss, "logits", lambda self, x: made.append(torch.is_grad_enabled()) or logits(self, x)
     )
+    fused = language_model.main([*SMALL, "--steps", "4", "--loss", loss, "--head", "fused"])
+    assert made.count(True) == 0
+    plain = language_model.main([*SMALL, "--steps", "4", "--loss", loss, "--head", "plain"])
+    assert made.count(True) == 4
     torch.testing.assert_close(torch.tensor(fused["losses"]), torch.tensor(plain["losses"]), rtol=1e-4, atol=1e-5)
 
 

@@ -17,9 +17,7 @@ from emulation import build
 from torch.utils import cpp_extension
 
 TESTS = build.EMULATION.parent
-TABLES = [
-    TESTS / f"test_{name}.py" for name in ("cuda", "softmax_loss", "linear", "numerics", "modules", "properties", "behaviour")
-]
+TABLES = ("cuda", "softmax_loss", "linear", "numerics", "modules", "properties", "behaviour")
 SOURCES = [build.CSRC / "bindings.cpp", *sorted(build.CSRC.glob("cuda/*.cu"))]
 
 
@@ -57,7 +55,8 @@ def main() -> int:
     make_library(library)
     environment = {**build.address_environment(), "IMBALANCE_KERNELS_EMULATED": str(library)}
     # The sanitizer reports a crash better than Python's fault handler, which would be asked first.
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:faulthandler", "-k", "cuda", *TABLES, *sys.argv[2:]]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:faulthandler", "-k", "cuda"]
+    command += [*(TESTS / f"test_{name}.py" for name in TABLES), *sys.argv[2:]]
     return subprocess.run(command, env=environment).returncode
 
 
