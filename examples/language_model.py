@@ -63,8 +63,9 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.tokens = nn.Embedding(num_tokens, width)
         self.places = nn.Embedding(context, width)
+        heads = next(heads for heads in range(max(1, width // 32), 0, -1) if width % heads == 0)
         layer = nn.TransformerEncoderLayer(
-            width, nhead=max(1, width // 32), dim_feedforward=4 * width, dropout=0.0, batch_first=True, norm_first=True
+            width, nhead=heads, dim_feedforward=4 * width, dropout=0.0, batch_first=True, norm_first=True
         )
         self.layers = nn.TransformerEncoder(layer, layers, norm=nn.LayerNorm(width), enable_nested_tensor=False)
         self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(context), persistent=False)
@@ -88,14 +89,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--rate", type=float, default=3e-3, help="learning rate of AdamW")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--chunk-mib", type=int, help="logits that the fused head makes at a time (default: by device)")
+    parser.add_argument("--chunk-mib", type=int, default=64, help="logits that the fused head makes at a time")
     parser.add_argument("--autocast", choices=("bfloat16", "float16"), help="float16 on a GPU, with a gradient scaler")
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one, else cpu)")
     parser.add_argument("--checkpoint", type=Path, help="file: written as training goes, and gone on from if it exists")
     parser.add_argument("--checkpoint-every", type=int, default=50, help="steps")
     parser.add_argument("--output", type=Path, help="JSON file for losses and measurements")
     arguments = parser.parse_args(argv)
-    for name in ("steps", "batch", "context", "width", "layers", "checkpoint_every"):
+    for name in ("steps", "batch", "context", "width", "layers", "chunk_mib", "checkpoint_every"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if arguments.head == "plain" and arguments.loss in FUSED_ALONE:
@@ -110,8 +111,7 @@ class Training:
         torch.manual_seed(arguments.seed)
         self.settings = {name: getattr(arguments, name) for name in OF_THE_RUN}
         self.model = LanguageModel(len(counts), arguments.width, arguments.layers, arguments.context).to(device)
-        chunk_bytes = None if arguments.chunk_mib is None else arguments.chunk_mib << 20
-        loss = LOSSES[arguments.loss](counts, class_dim=-1, chunk_bytes=chunk_bytes)
+        loss = LOSSES[arguments.loss](counts, class_dim=-1, chunk_bytes=arguments.chunk_mib << 20)
         output = nn.Linear(arguments.width, len(counts), bias=False, device="meta")
         output.weight = self.model.tokens.weight  # tied
         self.head = ik.LinearLoss.from_linear(output, loss.to(device), cosine=arguments.loss in ON_COSINES)
@@ -151,7 +151,8 @@ class Training:
         state = torch.load(path, map_location=device, weights_only=True)
         other = {name: value for name, value in state["settings"].items() if value != self.settings[name]}
         if other:
-            raise SystemExit(f"{path} is of another run: it had {other}")
+            asked = {name: self.settings[name] for name in other}
+            raise SystemExit(f"{path} is of another run, with {other} and not {asked}: name another file")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -190,9 +191,11 @@ def main(argv: list[str] | None = None) -> dict:
     )
 
     training = Training(arguments, counts, device)
+    if arguments.checkpoint:
+        arguments.checkpoint.parent.mkdir(parents=True, exist_ok=True)
     if arguments.checkpoint and arguments.checkpoint.exists():
         training.load(arguments.checkpoint, device)
-        print(f"going on from step {len(training.losses)}, {arguments.checkpoint}")
+        print(f"going on from step {len(training.losses)} of {arguments.steps}, {arguments.checkpoint}")
 
     def now() -> float:
         if device.type != "cpu":
@@ -244,8 +247,9 @@ def report(result: dict) -> str:
     speed = "too few steps" if throughput is None else f"{throughput:.0f} tokens a second"
     memory = "not measured here" if peak is None else f"{peak:.0f} MiB; float32 logits alone are {logits_mib:.0f} MiB"
     first, last = result["losses"][0], statistics.mean(result["losses"][-10:])
+    few = min(10, len(result["losses"]))
     return f"""\
-{result["loss"]}, {result["head"]} head: loss {first:.3f} at the first step, {last:.3f} over the last ten
+{result["loss"]}, {result["head"]} head: loss {first:.3f} at the first step, {last:.3f} over the last {few}
 throughput: {speed}
 peak memory of a step: {memory}
 held-out text: {result["accuracy"]:.1%} of all tokens right, {result["balanced_accuracy"]:.1%} as the mean over kinds"""

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["declared", "graph_is_kept", "once_differentiable", "only_once"]
+__all__ = ["anchor", "declared", "graph_is_kept", "once_differentiable", "only_once"]
 
 
 class _Refuse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor) -> Tensor:
+    def forward(ctx: Any, gradient: Tensor, *depends_on: Tensor) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> Tensor:
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, ...]:
         raise RuntimeError(
             "double backward through a loss of imbalance_kernels is not supported: write the loss in plain PyTorch"
         )
@@ -27,18 +27,43 @@ class _Refuse(torch.autograd.Function):
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Make gradients that raise where they are differentiated.
 
-    torch's decorator of this name lets them pass as constants when the upstream gradient is one: silently wrong.
+    torch's decorator of this name lets them pass as constants when the upstream gradient is one: silently wrong. What
+    they are differentiated by must be among the tensors that were saved for backward, or have its `anchor` there: a
+    refusal that the inputs are not reached from would be passed over by torch.autograd.grad, which names them.
     """
 
     @functools.wraps(backward)
     def once(ctx: Any, *upstream: Tensor) -> Any:
+        differentiable = torch.is_grad_enabled()
+        saved = [tensor for tensor in ctx.saved_tensors if tensor is not None] if differentiable else []
         with torch.no_grad():
             gradients = backward(ctx, *upstream)
-        if not torch.is_grad_enabled():
+        if not differentiable:
             return gradients
-        return tuple(None if d is None else _Refuse.apply(d.detach().requires_grad_()) for d in gradients)
+        depends_on = [tensor for tensor in saved if tensor.requires_grad]
+        return tuple(None if d is None else _Refuse.apply(d.detach().requires_grad_(), *depends_on) for d in gradients)
 
     return once
+
+
+class _Anchor(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        return inputs[0].new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[None, ...]:
+        return (None,) * len(ctx.needs_input_grad)
+
+
+def anchor(*inputs: Tensor | None) -> Tensor | None:
+    """Return a tensor of no elements that the inputs are reached from, for what need not be saved itself.
+
+    A compiled graph, whose backward raises by itself where it is differentiated, has none.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    return _Anchor.apply(*(tensor for tensor in inputs if tensor is not None and tensor.requires_grad))
 
 
 class _Declared(torch.autograd.Function):
@@ -63,6 +88,7 @@ def declared(x: Tensor, value: Callable[[Tensor], Tensor], slope: Callable[[Tens
 class _OnlyOnce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
         return x.view_as(x)
 
     @staticmethod

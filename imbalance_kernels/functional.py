@@ -555,13 +555,9 @@ def linear_cross_entropy(
         >>> loss = linear_cross_entropy(torch.randn(4, 8), head.weight, torch.tensor([5, 0, 99, 7]))
         >>> loss.backward()
     """
-    options = options_of(
-        weight=weight,
-        reduction=reduction,
-        ignore_index=-100 if ignore_index is None else ignore_index,
-        label_smoothing=label_smoothing,
-        **keywords,
-    )
+    own = {"weight": weight, "reduction": reduction, "label_smoothing": label_smoothing}
+    own["ignore_index"] = -100 if ignore_index is None else ignore_index
+    options = options_of(**with_own(linear_cross_entropy, keywords, **own))
     return linear_loss(
         input,
         linear_weight,

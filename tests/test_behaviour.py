@@ -462,12 +462,17 @@ def test_a_loss_used_twice_in_a_graph():
 @each_reduction
 @each_dtype
 def test_double_backward_raises(loss, dtype, reduction, impl):
-    """A gradient penalty must not take the gradient for a constant."""
-    x = randn(9, C, dtype=dtype).requires_grad_()
-    value = loss(reduction=reduction, impl=impl)(x, classes(9)).sum()
-    (first,) = torch.autograd.grad(value, x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate|double backward|twice"):
-        (value + first.float().square().sum()).backward()
+    """A gradient penalty must not take the gradient for a constant, of named inputs neither."""
+    leaf = randn(9, C, dtype=dtype).requires_grad_()
+    for x in (leaf, leaf.mul(1)):
+        value = loss(reduction=reduction, impl=impl)(x, classes(9)).sum()
+        (first,) = torch.autograd.grad(value, x, create_graph=True)
+        penalty = value + first.float().square().sum()
+        for named in (x, leaf):
+            with pytest.raises(RuntimeError, match="differentiate|double backward|twice"):
+                torch.autograd.grad(penalty, named, retain_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate|double backward|twice"):
+            penalty.backward()
 
 
 @pytest.mark.parametrize("function", (F.target_log_odds, F.target_log_probs))

@@ -43,7 +43,7 @@ def test_goes_on_where_it_stopped(language_model, tmp_path):
 def test_a_checkpoint_of_another_run_is_refused(language_model, tmp_path):
     checkpoint = ["--checkpoint", str(tmp_path / "run.pt")]
     language_model.main([*SMALL, *checkpoint, "--steps", "1"])
-    with pytest.raises(SystemExit, match=r"another run: it had \{'loss': 'logit_adjusted'\}"):
+    with pytest.raises(SystemExit, match=r"another run, with \{'loss': 'logit_adjusted'\}"):
         language_model.main([*SMALL, *checkpoint, "--steps", "2", "--loss", "focal"])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,8 +40,16 @@ class Rows(NamedTuple):
     owned: bool  # logits are a copy of the caller's, free to be overwritten
 
 
+def _check_tensors(**arguments: Any) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            layer = f": pass {name.removeprefix('linear_')} of it" if isinstance(value, torch.nn.Linear) else ""
+            raise TypeError(f"{name} is a {type(value).__name__}, but it must be a tensor{layer}")
+
+
 def as_rows(input: Tensor, target: Tensor, class_dim: int) -> Rows:
     """Return input and target as rows, without a copy where the layout allows it."""
+    _check_tensors(input=input, target=target)
     if type(input).__name__ == "DTensor" or type(target).__name__ == "DTensor":
         raise TypeError(
             "input is a DTensor, whose sharded form does not exist yet: pass input.to_local() where each rank holds "
@@ -95,6 +103,7 @@ def as_linear_rows(input: Tensor, linear_weight: Tensor, target: Tensor, linear_
     The layer's weight (C, D) and bias (C,) are checked. They keep their dtype: a master copy in float32 goes with an
     input of halves.
     """
+    _check_tensors(input=input, linear_weight=linear_weight, target=target)
     _check_not_distributed(input, linear_weight, target, linear_bias)
     if input.dtype not in LOGIT_DTYPES:
         raise TypeError(f"input has dtype {input.dtype}, but it must be one of {', '.join(map(str, LOGIT_DTYPES))}")

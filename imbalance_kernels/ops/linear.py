@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from imbalance_kernels.differentiation import graph_is_kept, once_differentiable
+from imbalance_kernels.differentiation import anchor, graph_is_kept, once_differentiable
 from imbalance_kernels.implementation import choose
 from imbalance_kernels.ops.checks import (
     Rows,
@@ -67,6 +67,7 @@ class _GradientsInForward(torch.autograd.Function):
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        operands_anchor: Tensor | None,
         target: Tensor,
         sample_weight: Tensor | None,
         normalizer: Tensor | None,
@@ -76,7 +77,7 @@ class _GradientsInForward(torch.autograd.Function):
     ) -> Tensor:
         arguments = loss_arguments(target, options, sample_weight, normalizer)
         loss, *gradients = operations.linear_loss(input, weight, bias, *arguments, *plan, *wants)
-        ctx.save_for_backward(*_wanted(gradients, wants))
+        ctx.save_for_backward(*_wanted(gradients, wants), operands_anchor)
         ctx.dtypes = input.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.impl = plan.impl
         return loss
@@ -85,8 +86,10 @@ class _GradientsInForward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         in_place = not torch.compiler.is_compiling() and not graph_is_kept()
-        scaled = _scaled(ctx.saved_tensors, d_loss, ctx.dtypes, ctx.impl, in_place)
-        return *scaled, None, None, None, None, None, None  # target, sample_weight, normalizer, options, plan, wants
+        *gradients, _ = ctx.saved_tensors
+        scaled = _scaled(gradients, d_loss, ctx.dtypes, ctx.impl, in_place)
+        # anchor, target, sample_weight, normalizer, options, plan, wants
+        return *scaled, None, None, None, None, None, None, None
 
 
 class _GradientsInBackward(torch.autograd.Function):
@@ -325,7 +328,7 @@ def linear_loss(
     of_sum = replace(options, reduction="sum")
     if any(wants):
         loss = _GradientsInForward.apply(
-            input, weight, bias, target, sample_weight, kernel_divisor, of_sum, plan, wants
+            input, weight, bias, anchor(input, weight, bias), target, sample_weight, kernel_divisor, of_sum, plan, wants
         )
     else:
         arguments = loss_arguments(target, of_sum, sample_weight, kernel_divisor)

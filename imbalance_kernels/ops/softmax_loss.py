@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from imbalance_kernels import reference
-from imbalance_kernels.differentiation import graph_is_kept, once_differentiable, only_once
+from imbalance_kernels.differentiation import anchor, graph_is_kept, once_differentiable, only_once
 from imbalance_kernels.implementation import choose
 from imbalance_kernels.ops.checks import (
     Rows,
@@ -42,6 +42,7 @@ class _LossAndGradient(torch.autograd.Function):
     def forward(
         ctx: Any,
         logits: Tensor,
+        logits_anchor: Tensor | None,
         target: Tensor,
         sample_weight: Tensor | None,
         normalizer: Tensor | None,
@@ -55,20 +56,20 @@ class _LossAndGradient(torch.autograd.Function):
             d_logits = logits
         else:
             loss, d_logits = kernels(impl).softmax_loss(logits, *arguments, True)
-        ctx.save_for_backward(d_logits)
+        ctx.save_for_backward(d_logits, logits_anchor)
         ctx.impl = impl
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        (d_logits,) = ctx.saved_tensors
+        d_logits, _ = ctx.saved_tensors
         if torch.compiler.is_compiling() or graph_is_kept():
             d_logits = d_logits * d_loss
         else:
             kernels(ctx.impl).scale_(d_logits, d_loss)
             d_logits = d_logits.detach()  # a tensor of its own, which .grad can take without a copy
-        return d_logits, None, None, None, None, None  # target, sample_weight, normalizer, options, impl
+        return d_logits, None, None, None, None, None, None  # anchor, target, sample_weight, normalizer, options, impl
 
 
 class _LossThenGradient(torch.autograd.Function):
@@ -151,5 +152,5 @@ def softmax_loss(
     elif options.reduction == "none" or logits.dtype == torch.float16:
         loss = _LossThenGradient.apply(logits, target, sample_weight, normalizer, options, impl)
     else:
-        loss = _LossAndGradient.apply(logits, target, sample_weight, normalizer, options, impl)
+        loss = _LossAndGradient.apply(logits, anchor(logits), target, sample_weight, normalizer, options, impl)
     return loss.reshape(rows.shape) if options.reduction == "none" else loss
