@@ -10,7 +10,6 @@ import torch
 import imbalance_kernels as ik
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-pytest.importorskip("mistral_common", reason="the example's corpus needs the extra [demo]")
 SMALL = ["--batch", "1", "--context", "16", "--width", "8", "--layers", "1", "--device", "cpu"]
 
 

@@ -753,23 +753,28 @@ def compiled(function, backend):
     torch._dynamo.reset()
 
 
-def owner_of(loss, dtype, cosine=False):
+# The kernels that are compiled here, or emulated; a case may name another implementation.
+native = pytest.mark.parametrize("impl", ("cuda",) if EMULATED else ("cpu",))
+
+
+def owner_of(loss, dtype, cosine=False, impl=None):
+    loss.impl = loss.impl or impl
     owner = ik.LinearLoss(D, C, loss, bias=not cosine, cosine=cosine, dtype=dtype)
     for parameter, value in zip(owner.parameters(), operands_of(1, dtype)[1:], strict=False):
         parameter.data.copy_(value)
     return owner
 
 
-@pytest.mark.skipif(EMULATED, reason="compiles for the other implementations")
+@native
 @pytest.mark.parametrize(
     ("case", "backend"),
     [(case, "aot_eager") for case in (*COMPILED, "bfloat16", "cosines")]
     + [(case, "inductor") for case in ("mean", "none", "bfloat16")],
 )
-def test_compile_once_for_every_number_of_rows(case, backend):
+def test_compile_once_for_every_number_of_rows(case, backend, impl):
     dtype = torch.bfloat16 if case == "bfloat16" else torch.float32
     loss = {"bfloat16": COMPILED["mean"], "cosines": ik.ArcFaceLoss(scale=4.0)}.get(case) or COMPILED[case]
-    owner = owner_of(loss, dtype, cosine=case == "cosines")
+    owner = owner_of(loss, dtype, cosine=case == "cosines", impl=impl)
     step = compiled_step(owner, dtype)
     with compiled(step, backend) as (run, counter):
         for num_rows in (9, 4, 33):
@@ -784,9 +789,9 @@ def test_compile_once_for_every_number_of_rows(case, backend):
         assert counter.frame_count == 1
 
 
-@pytest.mark.skipif(EMULATED, reason="compiles for the other implementations")
-def test_compile_under_autocast_and_without_a_gradient():
-    owner = owner_of(ik.CrossEntropyLoss(), torch.float32)
+@native
+def test_compile_under_autocast_and_without_a_gradient(impl):
+    owner = owner_of(ik.CrossEntropyLoss(), torch.float32, impl=impl)
 
     def step(input, target):
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -801,10 +806,10 @@ def test_compile_under_autocast_and_without_a_gradient():
             assert torch.equal(run(input, target), step(input, target))
 
 
-@pytest.mark.skipif(EMULATED, reason="compiles for the other implementations")
+@native
 @pytest.mark.parametrize("reduction", ("mean", "none"))
-def test_compile_and_a_retained_graph(reduction):
-    owner = owner_of(ik.FocalLoss(reduction=reduction), torch.float32)
+def test_compile_and_a_retained_graph(reduction, impl):
+    owner = owner_of(ik.FocalLoss(reduction=reduction), torch.float32, impl=impl)
     step = compiled_step(owner, torch.float32)
     input, target = randn(9, D, dtype=torch.float32), classes(9)
     ones = torch.autograd.grad(step(input, target), [*owner.parameters()])
