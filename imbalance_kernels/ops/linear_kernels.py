@@ -101,8 +101,10 @@ class _Chunks:
         self.weight = linear_weight.to(input.dtype)
         self.bias = None if linear_bias is None else linear_bias.to(input.dtype)
         self.wants = wants
-        self.kept = _counted_rows(arguments)  # (K,) or None for all rows
-        self.counts = None if _compacts(input.device) else _row_counts(arguments)  # (N,) bool or None for all rows
+        counts = _row_counts(arguments)
+        compacts = _compacts(input.device)
+        self.kept = _indices(counts) if compacts else None  # (K,) or None for all rows
+        self.counts = None if compacts else counts  # (N,) bool or None for all rows
         self.num_rows = input.shape[0] if self.kept is None else self.kept.numel()
         self.rows_at_once = rows_of_chunk(self.num_rows, linear_weight.shape[0], input, plan.chunk_bytes)
         self.buffer = _fresh((min(self.rows_at_once, self.num_rows), linear_weight.shape[0]), input.dtype, input.device)
@@ -164,12 +166,9 @@ def _compacts(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _counted_rows(arguments: LossArguments | SplitArguments) -> Tensor | None:
-    """Return the indices of rows that count, where that waits for no device, or None for all rows."""
-    counts = _row_counts(arguments)
-    if counts is None or not _compacts(counts.device):
-        return None
-    return None if bool(counts.all()) else counts.nonzero().squeeze(1)
+def _indices(counts: Tensor | None) -> Tensor | None:
+    """Return the indices of rows that count (K,), or None for all; the host waits for their number."""
+    return None if counts is None or bool(counts.all()) else counts.nonzero().squeeze(1)
 
 
 def _row_counts(arguments: LossArguments | SplitArguments) -> Tensor | None:
