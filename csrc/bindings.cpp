@@ -23,6 +23,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "cpu/sigmoid_loss.h"
 #include "cpu/softmax_loss.h"
 
 #if defined(IMBALANCE_WITH_CUDA)
@@ -211,6 +212,119 @@ LossArguments loss_arguments(Split& split, const Tensor& d_logits, LOSS_PARAMETE
   return loss;
 }
 
+#define SIGMOID_SCHEMA                                                                                         \
+  "Tensor target, str objective, float[] objective_parameters, Tensor? class_parameter, float positive, "      \
+  "float negative, Tensor? positive_weight, Tensor? negative_weight, Tensor? bias, Tensor? sample_weight, "    \
+  "Tensor? normalizer, int ignore_index, str reduction"
+#define SIGMOID_PARAMETERS                                                                                            \
+  const Tensor &target, std::string_view objective, at::ArrayRef<double> objective_parameters,                        \
+      const OptionalTensor &class_parameter, double positive, double negative, const OptionalTensor &positive_weight, \
+      const OptionalTensor &negative_weight, const OptionalTensor &bias, const OptionalTensor &sample_weight,         \
+      const OptionalTensor &normalizer, int64_t ignore_index, std::string_view reduction
+#define SIGMOID_NAMES                                                                                             \
+  target, objective, objective_parameters, class_parameter, positive, negative, positive_weight, negative_weight, \
+      bias, sample_weight, normalizer, ignore_index, reduction
+
+BinaryObjectiveKind binary_objective_of(std::string_view name) {
+  int index = 0;
+  for (const char* known : kBinaryObjectiveNames) {
+    if (name == known) return static_cast<BinaryObjectiveKind>(index);
+    ++index;
+  }
+  TORCH_CHECK_VALUE(false, "objective is '", name, "', which the kernels do not know");
+}
+
+// What the kernels of sigmoid_loss get, and the tensors that own its memory.
+class Labelled {
+ public:
+  SigmoidArguments arguments{};
+
+  Labelled(const Tensor& logits, const Tensor& d_logits, SIGMOID_PARAMETERS) : logits_(logits) {
+    const bool images = logits.dim() == 3;
+    TORCH_CHECK_VALUE(images || logits.dim() == 2, "logits must be (N, C) rows or (B, C, P) images");
+    TORCH_CHECK_VALUE(logits.size(-1) <= 1 || logits.stride(-1) == 1, "logits must have a last dimension of stride 1");
+    arguments.dtype = dtype_of(logits);
+    arguments.images = logits.size(0);
+    arguments.classes = logits.size(1);
+    arguments.pixels = images ? logits.size(2) : 0;
+    if (images && arguments.pixels == 0) arguments.images = 0;
+    arguments.logits = logits.const_data_ptr();
+    arguments.image_stride = logits.stride(0);
+    arguments.class_stride = images ? logits.stride(1) : 1;
+    check_device("target", target, logits);
+    set_target(target);
+    arguments.ignore_index = ignore_index;
+    TORCH_CHECK_VALUE(reduction == "none" || reduction == "sum" || reduction == "mean", "reduction is '", reduction,
+                      "'");
+    TORCH_CHECK_VALUE(!normalizer || normalizer->numel() == 1, "normalizer must be one number");
+    arguments.objective = binary_objective_of(objective);
+    TORCH_CHECK_VALUE(objective_parameters.size() <= 3, "objective_parameters holds more than 3 numbers");
+    std::copy(objective_parameters.begin(), objective_parameters.end(), arguments.objective_parameters);
+    arguments.class_parameter = class_vector("class_parameter", class_parameter);
+    arguments.positive = positive;
+    arguments.negative = negative;
+    arguments.positive_weight = class_vector("positive_weight", positive_weight);
+    arguments.negative_weight = class_vector("negative_weight", negative_weight);
+    arguments.bias = class_vector("bias", bias);
+    arguments.weight_of_logits = sample_weight && sample_weight->dim() == logits.dim();
+    if (sample_weight && !arguments.weight_of_logits) {
+      TORCH_CHECK_VALUE(sample_weight->dim() == 1 && sample_weight->size(0) == arguments.rows(),
+                        "sample_weight must be (N,)");
+      arguments.sample_weight = constant("sample_weight", *sample_weight);
+    } else if (sample_weight) {
+      arguments.sample_weight = of_logits("sample_weight", *sample_weight);
+    }
+    if (d_logits.defined()) {
+      arguments.d_logits = d_logits.mutable_data_ptr();
+      arguments.gradient_image_stride = d_logits.stride(0);
+      arguments.gradient_class_stride = images ? d_logits.stride(1) : 1;
+    }
+  }
+
+  const void* of_logits(const char* name, const Tensor& tensor) {
+    TORCH_CHECK_VALUE(tensor.sizes() == logits_.sizes(), name, " must have the logits' shape");
+    return constant(name, tensor);
+  }
+
+  const void* scalar(const char* name, const OptionalTensor& scalar) {
+    return scalar ? keep(number(name, *scalar, logits_)).const_data_ptr() : nullptr;
+  }
+
+ private:
+  const Tensor logits_;
+  std::vector<Tensor> kept_;
+
+  const Tensor& keep(const Tensor& tensor) { return kept_.emplace_back(tensor.contiguous()); }
+
+  const void* constant(const char* name, const Tensor& tensor) {
+    TORCH_CHECK_TYPE(tensor.scalar_type() == accumulate_type(logits_), name, " must be ", accumulate_type(logits_));
+    check_device(name, tensor, logits_);
+    return keep(tensor).const_data_ptr();
+  }
+
+  const void* class_vector(const char* name, const OptionalTensor& vector) {
+    if (!vector) return nullptr;
+    TORCH_CHECK_VALUE(vector->dim() == 1 && vector->size(0) == arguments.classes, name, " must be (C,)");
+    return constant(name, *vector);
+  }
+
+  void set_target(const Tensor& target) {
+    const bool boolean = target.scalar_type() == at::kBool;
+    if (boolean || at::isFloatingType(target.scalar_type())) {
+      TORCH_CHECK_VALUE(target.sizes() == logits_.sizes(), "dense labels must have the logits' shape");
+      const bool as_logits = target.scalar_type() == logits_.scalar_type();
+      arguments.label_type = boolean ? LabelType::boolean : as_logits ? LabelType::logits : LabelType::accumulate;
+      arguments.dense = keep(boolean || as_logits ? target : target.to(accumulate_type(logits_))).const_data_ptr();
+      return;
+    }
+    TORCH_CHECK_VALUE((target.dim() == 1 || target.dim() == 2) && target.size(0) == arguments.rows(),
+                      "target must be (N,) labels or (N, K) lists of classes");
+    const int64_t* const indices = keep(target.to(at::kLong)).const_data_ptr<int64_t>();
+    (target.dim() == 1 ? arguments.labels : arguments.lists) = indices;
+    arguments.list_length = target.dim() == 1 ? 0 : target.size(1);
+  }
+};
+
 // ---------------------------------------------------------------- the CPU
 
 constexpr int64_t kHugePage = 2 << 20;
@@ -322,6 +436,66 @@ struct Cpu {
     return run(logits, d_logits, upstream, SPLIT_NAMES, LOSS_NAMES);
   }
 
+  // Labels are in [0, C], those of lists in [0, C), or ignored.
+  static void check_labels(const SigmoidArguments& call) {
+    const int64_t* const target = call.labels ? call.labels : call.lists;
+    if (target == nullptr) return;
+    const int64_t count = call.rows() * (call.labels ? 1 : call.list_length);
+    const int64_t last = call.classes - (call.labels ? 0 : 1);
+    const auto outside = [&](int64_t i) {
+      return (target[i] < 0 || target[i] > last) && target[i] != call.ignore_index;
+    };
+    bool any = false;
+    for (int64_t i = 0; i < count; ++i) any |= outside(i);
+    for (int64_t i = 0; any && i < count; ++i) {
+      TORCH_CHECK_INDEX(!outside(i), "target ", target[i], " is out of bounds: it must be in [0, ", last, "]",
+                        call.labels ? " (the last is the background)" : "", " or ignore_index=", call.ignore_index);
+    }
+  }
+
+  static Tensor sigmoid_loss(const Tensor& logits, const Tensor& d_logits, const OptionalTensor& upstream,
+                             SIGMOID_PARAMETERS) {
+    Labelled labelled(logits, d_logits, SIGMOID_NAMES);
+    cpu::SigmoidLossArguments loss{labelled.arguments, 1};
+    SigmoidArguments& call = loss.call;
+    const bool reduced = reduction != "none";
+    check_labels(call);
+    double divisor = 1;
+    if (normalizer) {
+      divisor = normalizer->item<double>();
+    } else if (reduction == "mean") {
+      int64_t rows = call.rows();
+      if (call.labels) {
+        rows = 0;
+        for (int64_t row = 0; row < call.rows(); ++row) rows += call.labels[row] != call.ignore_index;
+      }
+      divisor = static_cast<double>(rows) * static_cast<double>(call.classes);
+    }
+    if (normalizer && divisor == 0) {  // gives 0, whatever the logits hold
+      if (d_logits.defined()) d_logits.zero_();
+      return empty_result(logits, {}).zero_();
+    }
+    loss.inverse_divisor = 1 / divisor;
+    if (upstream && reduced) loss.inverse_divisor *= upstream->item<double>();
+    if (upstream && !reduced) call.upstream = labelled.of_logits("upstream", *upstream);
+    const Tensor losses = reduced || upstream ? Tensor() : empty_result(logits, logits.sizes());
+    if (losses.defined()) call.losses = losses.mutable_data_ptr();
+    const auto* const kernels = cpu::sigmoid_kernels();
+    const int64_t tiles = kernels->tiles(call);
+    const auto run = kernels->loss[static_cast<int>(call.dtype)];
+    const auto bytes = static_cast<int64_t>(kernels->scratch_bytes(call));
+    const Tensor scratch = at::empty({at::get_num_threads() * bytes}, at::kByte);
+    const Tensor sums = at::empty({tiles}, at::kDouble);
+    uint8_t* const memory = scratch.mutable_data_ptr<uint8_t>();
+    double* const of_tiles = sums.mutable_data_ptr<double>();
+    const int64_t grain = std::max<int64_t>(1, kGrain * tiles / std::max<int64_t>(1, logits.numel()));
+    at::parallel_for(0, tiles, grain, [&](int64_t first, int64_t last) {
+      run(loss, first, last, memory + at::get_thread_num() * bytes, of_tiles);
+    });
+    if (!reduced) return losses;
+    return empty_result(logits, {}).fill_(sum_of(tiles, [&](int64_t tile) { return of_tiles[tile]; }) / divisor);
+  }
+
   static void split_rows(const Split& split, const SplitVectors& out) {
     check_targets(split);
     const auto run = cpu::kernels()->split[static_cast<int>(split.arguments.dtype)];
@@ -396,6 +570,10 @@ struct Cuda {
     return reduced && !upstream ? sum(losses, loss) : losses;
   }
 
+  static Tensor sigmoid_loss(const Tensor& logits, const Tensor&, const OptionalTensor&, SIGMOID_PARAMETERS) {
+    TORCH_CHECK_NOT_IMPLEMENTED(false, "sigmoid_loss has no CUDA kernel");
+  }
+
   static void split_rows(const Split& split, const SplitVectors& out) {
     check_launch(cuda::split_rows(split.arguments, out, split.rows(), current_stream()));
   }
@@ -452,6 +630,35 @@ void scale_(const Tensor& gradient, const Tensor& factor) {
   TORCH_CHECK_VALUE(factor.numel() == 1, "factor must be one number");
   const c10::DeviceGuard guard(gradient.device());
   Device::scale(gradient, factor);
+}
+
+// ---------------------------------------------------------------- sigmoid_loss
+
+// Device::sigmoid_loss is as Device::loss, with the logits' shape in place of (N,).
+
+template <class Device>
+std::tuple<Tensor, Tensor> sigmoid_loss(const Tensor& logits, SIGMOID_PARAMETERS, bool with_gradient) {
+  const Tensor d_logits = with_gradient ? Device::empty_gradient(logits) : Tensor();
+  const Tensor loss = Device::sigmoid_loss(logits, d_logits, std::nullopt, SIGMOID_NAMES);
+  return {loss, with_gradient ? d_logits : at::empty({0}, logits.options())};
+}
+
+template <class Device>
+Tensor sigmoid_loss_(const Tensor& logits, SIGMOID_PARAMETERS) {
+  TORCH_CHECK_VALUE(reduction != "none", "sigmoid_loss_ needs the upstream gradient of 'none': sigmoid_loss_backward_");
+  return Device::sigmoid_loss(logits, logits, std::nullopt, SIGMOID_NAMES);
+}
+
+template <class Device>
+Tensor sigmoid_loss_backward(const Tensor& logits, SIGMOID_PARAMETERS, const Tensor& upstream) {
+  const Tensor d_logits = Device::empty_gradient(logits);
+  Device::sigmoid_loss(logits, d_logits, upstream, SIGMOID_NAMES);
+  return d_logits;
+}
+
+template <class Device>
+void sigmoid_loss_backward_(const Tensor& logits, SIGMOID_PARAMETERS, const Tensor& upstream) {
+  Device::sigmoid_loss(logits, logits, upstream, SIGMOID_NAMES);
 }
 
 // ---------------------------------------------------------------- target_and_rest
@@ -511,6 +718,10 @@ void define_operations(torch::Library& m) {
   m.def("softmax_loss_(Tensor(a!) logits, " SPLIT_SCHEMA ", " LOSS_SCHEMA ") -> Tensor loss");
   m.def("softmax_loss_backward(Tensor logits, " SPLIT_SCHEMA ", " LOSS_SCHEMA ", Tensor upstream) -> Tensor d_logits");
   m.def("softmax_loss_backward_(Tensor(a!) logits, " SPLIT_SCHEMA ", " LOSS_SCHEMA ", Tensor upstream) -> ()");
+  m.def("sigmoid_loss(Tensor logits, " SIGMOID_SCHEMA ", bool with_gradient) -> (Tensor loss, Tensor d_logits)");
+  m.def("sigmoid_loss_(Tensor(a!) logits, " SIGMOID_SCHEMA ") -> Tensor loss");
+  m.def("sigmoid_loss_backward(Tensor logits, " SIGMOID_SCHEMA ", Tensor upstream) -> Tensor d_logits");
+  m.def("sigmoid_loss_backward_(Tensor(a!) logits, " SIGMOID_SCHEMA ", Tensor upstream) -> ()");
   m.def("scale_(Tensor(a!) gradient, Tensor factor) -> ()");
   m.def("target_and_rest(Tensor logits, " SPLIT_SCHEMA
         ") -> (Tensor target_logit, Tensor rest, Tensor shift, Tensor weighted_logits, Tensor weight_sum)");
@@ -524,6 +735,10 @@ void implement_operations(torch::Library& m) {
   m.impl("softmax_loss_", &softmax_loss_<Device>);
   m.impl("softmax_loss_backward", &softmax_loss_backward<Device>);
   m.impl("softmax_loss_backward_", &softmax_loss_backward_<Device>);
+  m.impl("sigmoid_loss", &sigmoid_loss<Device>);
+  m.impl("sigmoid_loss_", &sigmoid_loss_<Device>);
+  m.impl("sigmoid_loss_backward", &sigmoid_loss_backward<Device>);
+  m.impl("sigmoid_loss_backward_", &sigmoid_loss_backward_<Device>);
   m.impl("scale_", &scale_<Device>);
   m.impl("target_and_rest", &target_and_rest<Device>);
   m.impl("target_and_rest_backward", &target_and_rest_backward<Device>);
@@ -567,6 +782,10 @@ static std::vector<std::string> instruction_sets() {
 
 static std::vector<std::string> objective_names() { return {std::begin(kObjectiveNames), std::end(kObjectiveNames)}; }
 
+static std::vector<std::string> binary_objective_names() {
+  return {std::begin(kBinaryObjectiveNames), std::end(kBinaryObjectiveNames)};
+}
+
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "The compiled kernels of imbalance-kernels; loading it registers torch.ops.imbalance_kernels.";
   if (cpu::kernels() == nullptr) {
@@ -575,6 +794,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   }
   m.def("build_info", &build_info, "Compiler, torch version and instruction set in use.");
   m.def("instruction_sets", &instruction_sets, "The instruction sets in this binary.");
+  m.def("binary_objective_names", &binary_objective_names, "Those of sigmoid_loss, in their order.");
   m.def("objective_names", &objective_names, "The objectives that the kernels know, in their order.");
   m.def("ask_for_huge_pages", &ask_for_huge_pages, "For fresh memory, by its address and size, before its first use.");
 }

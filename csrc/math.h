@@ -27,6 +27,7 @@ struct PlainMath {
   static IMBALANCE_INLINE Number select(bool condition, Number a, Number b) { return condition ? a : b; }
   static IMBALANCE_INLINE Number exp_nonpositive(Number x) { return std::exp(x); }
   static IMBALANCE_INLINE Number expm1_nonpositive(Number x) { return std::expm1(x); }
+  static IMBALANCE_INLINE Number sqrt(Number x) { return std::sqrt(x); }
   static IMBALANCE_INLINE Number log(Number x) { return std::log(x); }
   static IMBALANCE_INLINE Number log1p_unit(Number x) { return std::log1p(x); }  // for x in [0, 1]
 #if defined(__CUDA_ARCH__)  // a device's sin and cos take a stack frame, for angles that no margin has

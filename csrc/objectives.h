@@ -33,6 +33,20 @@ struct ValueAndSlope {
   Number slope;
 };
 
+// An exponent that is a multiple of one half, and no other from lane to lane: its powers are products and a root.
+struct HalfExponent {
+  int halves;
+};
+
+template <class Number>
+IMBALANCE_INLINE Number number_of(Number exponent) {
+  return exponent;
+}
+template <class Number>
+IMBALANCE_INLINE Number number_of(HalfExponent exponent) {
+  return Number(typename Math<Number>::Scalar(0.5) * static_cast<typename Math<Number>::Scalar>(exponent.halves));
+}
+
 // What all objectives are made of, from one exponential and one logarithm of the log-odds.
 template <class Number>
 struct Truth {
@@ -68,6 +82,22 @@ struct Truth {
     power = M::select(M::equal(gamma, Number(1)), n, power);
     return M::select(M::equal(gamma, Number(0)), Number(1), power);
   }
+  IMBALANCE_INLINE Number n_power(HalfExponent gamma) const {
+    Number power = gamma.halves % 2 ? M::sqrt(n) : Number(1);
+    for (int i = gamma.halves / 2; i > 0; --i) power = power * n;
+    return power;
+  }
+
+  // Of the log-odds -d, the other label's.
+  IMBALANCE_INLINE Truth flipped() const {
+    Truth other = *this;
+    other.d = -d;
+    other.p = n;
+    other.n = p;
+    other.log_p = log_n;
+    other.log_n = log_p;
+    return other;
+  }
 };
 
 template <class Number>
@@ -75,10 +105,11 @@ IMBALANCE_INLINE ValueAndSlope<Number> cross_entropy(const Truth<Number>& t) {
   return {-t.log_p, -t.n};
 }
 
-template <class Number>
-IMBALANCE_INLINE ValueAndSlope<Number> focal(const Truth<Number>& t, Number gamma) {
+// gamma is a Number or a HalfExponent
+template <class Number, class Exponent>
+IMBALANCE_INLINE ValueAndSlope<Number> focal(const Truth<Number>& t, Exponent gamma) {
   const Number power = t.n_power(gamma);
-  return {-(power * t.log_p), -(power * (t.n - gamma * t.p_log_p()))};
+  return {-(power * t.log_p), -(power * (t.n - number_of<Number>(gamma) * t.p_log_p()))};
 }
 
 // limit = logit(threshold), so that p < threshold needs no exponential; the caller has it in double, since 1 -
@@ -104,11 +135,12 @@ IMBALANCE_INLINE ValueAndSlope<Number> poly(const Truth<Number>& t, Number epsil
   return {epsilon * t.n - t.log_p, -(t.n + epsilon * (t.p * t.n))};
 }
 
-template <class Number>
-IMBALANCE_INLINE ValueAndSlope<Number> poly_focal(const Truth<Number>& t, Number gamma, Number epsilon) {
+template <class Number, class Exponent>
+IMBALANCE_INLINE ValueAndSlope<Number> poly_focal(const Truth<Number>& t, Exponent gamma, Number epsilon) {
   const ValueAndSlope<Number> base = focal(t, gamma);
-  const Number power = t.n_power(gamma + Number(1));
-  return {base.value + epsilon * power, base.slope - epsilon * (gamma + Number(1)) * (power * t.p)};
+  const Number power = t.n_power(gamma) * t.n;
+  return {base.value + epsilon * power,
+          base.slope - epsilon * (number_of<Number>(gamma) + Number(1)) * (power * t.p)};
 }
 
 template <class Number>

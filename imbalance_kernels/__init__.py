@@ -4,7 +4,7 @@ import imbalance_kernels as ik
 loss = ik.LogitAdjustedLoss(class_counts)      # in place of torch.nn.CrossEntropyLoss()
 """
 
-from imbalance_kernels import functional, objectives, priors
+from imbalance_kernels import binary_objectives, functional, objectives, priors
 from imbalance_kernels import implementation as _implementation  # loads the extension, which registers the operations
 from imbalance_kernels.implementation import show_config
 from imbalance_kernels.linear import LinearLoss, RadiusMarginLoss
@@ -26,14 +26,28 @@ from imbalance_kernels.modules import (
     SoftTruncationLoss,
     VSLoss,
 )
-from imbalance_kernels.priors import Prior
+from imbalance_kernels.priors import BinaryPrior, Prior
+from imbalance_kernels.sigmoid_modules import (
+    AsymmetricLoss,
+    QualityFocalLoss,
+    SigmoidCrossEntropyLoss,
+    SigmoidFocalLoss,
+    SigmoidHardTruncationLoss,
+    SigmoidLoss,
+    SigmoidPolyLoss,
+    SigmoidSmoothAccuracyLoss,
+    SigmoidSoftTruncationLoss,
+    VarifocalLoss,
+)
 
 __version__ = _implementation.version()
 
 __all__ = [
     "AngularMargin",
     "ArcFaceLoss",
+    "AsymmetricLoss",
     "BalancedSoftmaxLoss",
+    "BinaryPrior",
     "CircleLoss",
     "CosFaceLoss",
     "CrossEntropyLoss",
@@ -45,11 +59,21 @@ __all__ = [
     "LogitAdjustedLoss",
     "PolyLoss",
     "Prior",
+    "QualityFocalLoss",
     "RadiusMarginLoss",
+    "SigmoidCrossEntropyLoss",
+    "SigmoidFocalLoss",
+    "SigmoidHardTruncationLoss",
+    "SigmoidLoss",
+    "SigmoidPolyLoss",
+    "SigmoidSmoothAccuracyLoss",
+    "SigmoidSoftTruncationLoss",
     "SmoothAccuracyLoss",
     "SoftTruncationLoss",
     "SoftmaxLoss",
     "VSLoss",
+    "VarifocalLoss",
+    "binary_objectives",
     "functional",
     "objectives",
     "priors",

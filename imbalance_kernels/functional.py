@@ -23,10 +23,23 @@ from imbalance_kernels.ops.target_and_rest import split_rows
 from imbalance_kernels.ops.two_temperatures import FORMS, two_temperature_loss
 from imbalance_kernels.options import SoftmaxOptions
 from imbalance_kernels.priors import Prior, chosen_prior, ldam_margins, vs_factors
+from imbalance_kernels.sigmoid_functional import (
+    asymmetric_loss,
+    quality_focal_loss,
+    sigmoid_cross_entropy,
+    sigmoid_focal_loss,
+    sigmoid_hard_truncation_loss,
+    sigmoid_loss,
+    sigmoid_poly_loss,
+    sigmoid_smooth_accuracy_loss,
+    sigmoid_soft_truncation_loss,
+    varifocal_loss,
+)
 
 __all__ = [
     "TargetAndRest",
     "arcface_loss",
+    "asymmetric_loss",
     "balanced_softmax_loss",
     "circle_loss",
     "cosface_loss",
@@ -40,12 +53,21 @@ __all__ = [
     "linear_target_and_rest",
     "logit_adjusted_loss",
     "poly_loss",
+    "quality_focal_loss",
+    "sigmoid_cross_entropy",
+    "sigmoid_focal_loss",
+    "sigmoid_hard_truncation_loss",
+    "sigmoid_loss",
+    "sigmoid_poly_loss",
+    "sigmoid_smooth_accuracy_loss",
+    "sigmoid_soft_truncation_loss",
     "smooth_accuracy_loss",
     "soft_truncation_loss",
     "softmax_loss",
     "target_and_rest",
     "target_log_odds",
     "target_log_probs",
+    "varifocal_loss",
     "vs_loss",
 ]
 

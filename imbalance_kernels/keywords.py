@@ -16,7 +16,7 @@ from imbalance_kernels.objectives import CrossEntropy, Objective
 from imbalance_kernels.options import SoftmaxOptions
 from imbalance_kernels.priors import Prior
 
-__all__ = ["CALL_KEYWORDS", "legacy_reduction", "options_of", "reject_alpha", "with_own"]
+__all__ = ["CALL_KEYWORDS", "checked_keywords", "legacy_reduction", "options_of", "reject_alpha", "with_own"]
 
 # What goes to the call; the rest describes the loss (options_of).
 CALL_KEYWORDS = ("sample_weight", "normalizer", "class_dim", "impl")
@@ -70,13 +70,26 @@ def with_own(loss: Callable[..., Any], keywords: dict[str, Any], **own: Any) -> 
     """Return the shared keyword arguments of a loss: what it sets itself, `own`, and what its caller gave.
 
     Raises:
+        TypeError: a keyword is unknown or set already.
+    """
+    return checked_keywords(loss, keywords, _OF_CLASSES if isinstance(loss, type) else _OF_FUNCTIONS, own)
+
+
+def checked_keywords(
+    loss: Callable[..., Any], keywords: dict[str, Any], shared: set[str], own: dict[str, Any]
+) -> dict[str, Any]:
+    """Return `own` and `keywords`, which are among those that its family shares.
+
+    Raises:
         TypeError: a keyword is unknown or set already. Python would name what `loss` calls, which its caller did not.
     """
-    taken = (_OF_CLASSES if isinstance(loss, type) else _OF_FUNCTIONS) - own.keys()
+    taken = shared - own.keys()
     for name in keywords:
         if name not in taken:
             arguments = [
-                name for name in inspect.signature(loss).parameters if name not in ("input", "target", "keywords")
+                name
+                for name in inspect.signature(loss).parameters
+                if name not in ("input", "inputs", "target", "targets", "keywords")
             ]
             if name in own:
                 reason = f"sets {name} itself" + (

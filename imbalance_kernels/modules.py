@@ -1,13 +1,10 @@
 """Every loss as a torch.nn.Module, drop-in for torch.nn.CrossEntropyLoss; functional.py has the formulas' details.
 
-The only state is `weight` (as in torch). A prior, margins and factors are constants of the constructor: they are kept
-in float64 and as non-persistent float32 buffers, which are made again from the float64 ones after .half(), .to() or
-to_empty().
+The only state is `weight` (as in torch). A prior, margins and factors are constants of the constructor (LossModule).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +14,7 @@ from torch import Tensor
 from imbalance_kernels import objectives
 from imbalance_kernels.keywords import legacy_reduction, options_of, reject_alpha, with_own
 from imbalance_kernels.logit_map import AngularMargin, CircleMargin, Margin
+from imbalance_kernels.loss_module import LossModule
 from imbalance_kernels.objectives import Objective
 from imbalance_kernels.ops.linear import linear_loss
 from imbalance_kernels.ops.softmax_loss import softmax_loss
@@ -42,10 +40,7 @@ __all__ = [
     "VSLoss",
 ]
 
-CLASS_VECTORS = ("bias", "factor", "margin", "class_parameter")
-
-
-class SoftmaxLoss(torch.nn.Module):
+class SoftmaxLoss(LossModule):
     """Any objective of the log-odds of the truth, on mapped logits: the base of every softmax-family loss.
 
     Args:
@@ -107,9 +102,13 @@ class SoftmaxLoss(torch.nn.Module):
         self.chunk_bytes = chunk_bytes
         self.accumulate = accumulate
         self._exact = options.to(torch.device("cpu"), torch.float64)  # the objective and the logit map
-        for name in CLASS_VECTORS:
-            self.register_buffer(f"_{name}", None, persistent=False)
-        self._make_buffers(torch.get_default_device())
+        margin = self._exact.logit_map.margin
+        self._register_constants(
+            bias=self._exact.logit_map.bias,
+            factor=self._exact.logit_map.factor,
+            margin=margin if isinstance(margin, Tensor) else None,
+            class_parameter=self._exact.objective.class_parameter(),
+        )
 
     def forward(
         self,
@@ -208,30 +207,6 @@ class SoftmaxLoss(torch.nn.Module):
             z_loss=float(self.z_loss),
             inplace=self.inplace,
         )
-
-    def _make_buffers(self, device: torch.device) -> None:
-        """Make the float32 buffers from the exact vectors."""
-        logit_map = self._exact.logit_map
-        exact = {
-            "bias": logit_map.bias,
-            "factor": logit_map.factor,
-            "margin": logit_map.margin if isinstance(logit_map.margin, Tensor) else None,
-            "class_parameter": self._exact.objective.class_parameter(),
-        }
-        for name in CLASS_VECTORS:
-            vector = exact[name]
-            setattr(self, f"_{name}", None if vector is None else vector.to(device, torch.float32))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SoftmaxLoss:
-        before = torch.empty(0, device=self._device())
-        super()._apply(fn, recurse)
-        self._make_buffers(fn(before).device)
-        return self
-
-    def _device(self) -> torch.device:
-        for buffer in self.buffers():
-            return buffer.device
-        return torch.get_default_device()
 
     def extra_repr(self) -> str:
         """Return the objective and the options that are not at their defaults."""

@@ -32,6 +32,8 @@ __all__ = [
     "SoftTruncation",
     "TokenScaled",
     "evaluate",
+    "require",
+    "require_finite_number",
 ]
 
 
@@ -125,14 +127,16 @@ def _n_power(d: Tensor, gamma: float | Tensor) -> Tensor:
     return torch.ones_like(d) if gamma == 0 else torch.exp(gamma * _log_p(-d))
 
 
-def _require(condition: bool, owner: Objective, argument: str, got: object, wants: str) -> None:
+def require(condition: bool, owner: Objective, argument: str, got: object, wants: str) -> None:
+    """Raise ValueError where a parameter of an objective is not what it must be."""
     if not condition:
         raise ValueError(f"{owner.name}: {argument} is {got!r}, but it must be {wants}")
 
 
-def _require_finite_number(owner: Objective, argument: str, value: object, wants: str) -> None:
+def require_finite_number(owner: Objective, argument: str, value: object, wants: str) -> None:
+    """The same of a parameter that must be a finite number, and is not a flag."""
     number = isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
-    _require(number, owner, argument, value, wants)
+    require(number, owner, argument, value, wants)
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,10 +171,10 @@ class Focal(Objective):
             # A value check waits for the device and breaks a compiled graph: only on CPU, only eagerly.
             if self.gamma.device.type == "cpu" and not torch.compiler.is_compiling():
                 valid = bool((torch.isfinite(self.gamma) & (self.gamma >= 0)).all())
-                _require(valid, self, "gamma", self.gamma, wants)
+                require(valid, self, "gamma", self.gamma, wants)
         else:
-            _require_finite_number(self, "gamma", self.gamma, wants)
-            _require(self.gamma >= 0, self, "gamma", self.gamma, wants)
+            require_finite_number(self, "gamma", self.gamma, wants)
+            require(self.gamma >= 0, self, "gamma", self.gamma, wants)
 
     def value(self, log_odds: Tensor) -> Tensor:
         """-(1 - p)^gamma log p."""
@@ -196,8 +200,8 @@ class HardTruncation(Objective):
 
     def __post_init__(self) -> None:
         wants = "a probability in (0, 1]"
-        _require_finite_number(self, "threshold", self.threshold, wants)
-        _require(0 < self.threshold <= 1, self, "threshold", self.threshold, wants)
+        require_finite_number(self, "threshold", self.threshold, wants)
+        require(0 < self.threshold <= 1, self, "threshold", self.threshold, wants)
 
     def kernel_parameters(self) -> tuple[Any, ...]:
         """Return logit(threshold)."""
@@ -237,8 +241,8 @@ class SoftTruncation(Objective):
 
     def __post_init__(self) -> None:
         wants = "above 0 and finite"
-        _require_finite_number(self, "sharpness", self.sharpness, wants)
-        _require(self.sharpness > 0, self, "sharpness", self.sharpness, wants)
+        require_finite_number(self, "sharpness", self.sharpness, wants)
+        require(self.sharpness > 0, self, "sharpness", self.sharpness, wants)
 
     def value(self, log_odds: Tensor) -> Tensor:
         """-sigmoid(-K d) log p."""
@@ -264,8 +268,8 @@ class Poly(Objective):
 
     def __post_init__(self) -> None:
         wants = "at least -1 and finite"
-        _require_finite_number(self, "epsilon", self.epsilon, wants)
-        _require(self.epsilon >= -1, self, "epsilon", self.epsilon, wants)
+        require_finite_number(self, "epsilon", self.epsilon, wants)
+        require(self.epsilon >= -1, self, "epsilon", self.epsilon, wants)
 
     def value(self, log_odds: Tensor) -> Tensor:
         """-log p + epsilon (1 - p)."""
@@ -317,8 +321,8 @@ class GeneralizedCrossEntropy(Objective):
 
     def __post_init__(self) -> None:
         wants = "in (0, 1]"
-        _require_finite_number(self, "q", self.q, wants)
-        _require(0 < self.q <= 1, self, "q", self.q, wants)
+        require_finite_number(self, "q", self.q, wants)
+        require(0 < self.q <= 1, self, "q", self.q, wants)
 
     def value(self, log_odds: Tensor) -> Tensor:
         """(1 - p^q) / q."""

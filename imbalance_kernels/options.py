@@ -1,4 +1,4 @@
-"""The options of a softmax-family loss as one frozen object that travels from a module to a kernel."""
+"""The options of a loss as one frozen object that travels from a module to a kernel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from imbalance_kernels.logit_map import LogitMap
 from imbalance_kernels.objectives import CrossEntropy, Objective
 
-__all__ = ["LOGIT_DTYPES", "SoftmaxOptions", "accumulate_dtype"]
+__all__ = ["LOGIT_DTYPES", "SigmoidOptions", "SoftmaxOptions", "accumulate_dtype"]
 
 LOGIT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -47,3 +47,35 @@ class SoftmaxOptions:
         if objective is self.objective and logit_map is self.logit_map and weight is self.weight:
             return self
         return replace(self, objective=objective, logit_map=logit_map, weight=weight)
+
+
+@dataclass(frozen=True, eq=False)
+class SigmoidOptions:
+    """Everything about a sigmoid-family loss but its targets and their weights. Class vectors are (C,)."""
+
+    objective: Objective = CrossEntropy()
+    positive_weight: float | Tensor = 1.0  # a number, or (C,)
+    negative_weight: float | Tensor = 1.0
+    bias: Tensor | None = None  # (C,) added to the logits
+    ignore_index: int = -100
+    reduction: str = "mean"
+    inplace: bool = False
+
+    def class_vectors(self) -> list[Tensor]:
+        """Return the class vectors that are there: what a backward saves, so that a change in between raises."""
+        vectors = (self.objective.class_parameter(), self.positive_weight, self.negative_weight, self.bias)
+        return [vector for vector in vectors if isinstance(vector, Tensor)]
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> SigmoidOptions:
+        """Return the options with their class vectors on `device` in `dtype`."""
+
+        def moved(value: float | Tensor) -> float | Tensor:
+            return value.to(device, dtype) if isinstance(value, Tensor) else value
+
+        return replace(
+            self,
+            objective=self.objective.to(device, dtype),
+            positive_weight=moved(self.positive_weight),
+            negative_weight=moved(self.negative_weight),
+            bias=None if self.bias is None else self.bias.to(device, dtype),
+        )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Prior", "chosen_prior", "ldam_margins", "vs_factors"]
+__all__ = ["BinaryPrior", "Prior", "chosen_prior", "ldam_margins", "vs_factors"]
 
 ZERO_COUNT_POLICIES = ("laplace", "floor", "exclude")
 
@@ -118,6 +118,87 @@ class Prior:
 
     def __repr__(self) -> str:
         return f"Prior(num_classes={self.num_classes}, tau={self.tau:g})"
+
+
+class BinaryPrior:
+    """A fixed prior of each class on its own: adds tau * log(prior_j / (1 - prior_j)) to the logits of a sigmoid loss.
+
+    It is the logit adjustment of two classes, present and absent. A last layer whose bias starts at tau log-odds is the
+    same training loss; RetinaNet's initialisation is that with one probability, 0.01, for all classes.
+
+    Args:
+        positive_counts: how often each class is present (C,): tensor, array or list.
+        total_count: out of how many: one number, or (C,).
+        tau: temperature of the prior; 0 switches it off.
+        zero_count: "laplace" adds one positive and one negative to every class, "floor" counts a zero as one; without
+            it a class that is never, or always, present raises.
+
+    Raises:
+        ValueError: a count of zero, or equal to the total, without `zero_count`; counts above the total; tau not
+            finite.
+
+    Source: kexue.fm 7615; Menon et al. 2021; Lin et al. 2017, section 4.1.
+
+    Example:
+        >>> prior = BinaryPrior([500, 10], total_count=1000)
+        >>> prior.probabilities.tolist()
+        [0.5, 0.01]
+    """
+
+    def __init__(
+        self,
+        positive_counts: Tensor | Sequence[float] | Any,
+        total_count: float | Tensor | Any,
+        tau: float = 1.0,
+        zero_count: str | None = None,
+    ):
+        positives = _checked_counts(positive_counts, "positive_counts")
+        total = torch.as_tensor(total_count, dtype=torch.float64, device="cpu").expand_as(positives)
+        negatives = total - positives
+        if zero_count not in (None, "laplace", "floor"):
+            raise ValueError(f"zero_count is {zero_count!r}, but it must be None, 'laplace' or 'floor'")
+        if not torch.compiler.is_compiling():
+            if not bool((torch.isfinite(total) & (negatives >= 0)).all()):
+                raise ValueError(f"total_count is {total_count!r}, but it must be finite and at least positive_counts")
+            if zero_count is None and bool(((positives == 0) | (negatives == 0)).any()):
+                raise ValueError(
+                    "positive_counts has a class that is never, or always, present, whose log-odds are infinite: "
+                    "choose zero_count='laplace' (add one of each) or 'floor' (zero counts as one)"
+                )
+        if zero_count == "laplace":
+            positives, negatives = positives + 1, negatives + 1
+        elif zero_count == "floor":
+            positives, negatives = positives.clamp_min(1), negatives.clamp_min(1)
+        self._set(positives, negatives, tau)
+
+    @classmethod
+    def from_probabilities(cls, probabilities: Tensor | Sequence[float] | Any, tau: float = 1.0) -> BinaryPrior:
+        """Make a prior from the probability of each class to be present (C,), between 0 and 1.
+
+        Raises:
+            ValueError: a probability that is not between 0 and 1.
+        """
+        values = _checked_counts(probabilities, "probabilities")
+        if not torch.compiler.is_compiling() and not bool(((values > 0) & (values < 1)).all()):
+            raise ValueError("probabilities must be between 0 and 1, each of them without the ends")
+        prior = cls.__new__(cls)
+        prior._set(values, 1 - values, tau)
+        return prior
+
+    def _set(self, positives: Tensor, negatives: Tensor, tau: float) -> None:
+        if not math.isfinite(tau):
+            raise ValueError(f"tau is {tau!r}, but it must be finite")
+        self.tau = float(tau)
+        self.probabilities = positives / (positives + negatives)  # (C,) float64 on CPU
+        self.bias = self.tau * (torch.log(positives) - torch.log(negatives))  # (C,) float64 on CPU
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return self.bias.numel()
+
+    def __repr__(self) -> str:
+        return f"BinaryPrior(num_classes={self.num_classes}, tau={self.tau:g})"
 
 
 def chosen_prior(

@@ -11,11 +11,12 @@ import math
 import torch
 from torch import Tensor
 
+from imbalance_kernels.binary_objectives import Sides, side_slopes, side_values
 from imbalance_kernels.differentiation import declared
-from imbalance_kernels.options import SoftmaxOptions, accumulate_dtype
+from imbalance_kernels.options import SigmoidOptions, SoftmaxOptions, accumulate_dtype
 from imbalance_kernels.softmax_row import RowSplit, RowTargets, reduce_rows, row_losses
 
-__all__ = ["softmax_loss", "target_and_rest"]
+__all__ = ["dense_labels", "sigmoid_loss", "softmax_loss", "target_and_rest"]
 
 
 def target_and_rest(
@@ -75,6 +76,92 @@ def softmax_loss(
     split = target_and_rest(logits, target, options)
     losses = row_losses(split, targets, options, sample_weight, num_classes)
     return reduce_rows(losses, targets, options, sample_weight, normalizer)
+
+
+def sigmoid_loss(
+    logits: Tensor,  # (N, C), or channels first (B, C, P)
+    target: Tensor,  # labels (N,) in [0, C], lists of labels (N, K), or the logits' shape in floating point or bool
+    options: SigmoidOptions,
+    sample_weight: Tensor | None = None,  # (N,), or the logits' shape
+    normalizer: Tensor | None = None,  # ()
+) -> Tensor:
+    """Return the reduced loss of `options`, or for "none" that of each logit; N = B * P where channels come first.
+
+    A logit whose sample weight is 0 costs exactly 0, whatever it holds, and so does one whose row is ignored; a row
+    whose target is neither a class nor the background is NaN.
+    """
+    dtype = accumulate_dtype(logits.dtype)
+    x = logits.to(dtype)
+    y = dense_labels(target, logits, options.ignore_index).to(dtype)
+
+    def per_class(vector: Tensor) -> Tensor:
+        return vector if logits.dim() == 2 else vector[:, None]
+
+    weight = None if sample_weight is None else _per_logit(sample_weight, logits)
+    ignored = torch.zeros((), dtype=torch.bool, device=x.device) if weight is None else weight == 0
+    if target.dim() == 1:
+        rows = RowTargets.of(target, logits.shape[1] + 1, options.ignore_index)  # background is a label too
+        ignored = ignored | _per_logit(rows.ignored, logits)
+        x = torch.where(_per_logit(rows.valid | rows.ignored, logits), x, math.nan)
+    if normalizer is not None:
+        ignored = ignored | (normalizer == 0)
+    x = _without(x, ignored.expand_as(x))
+    if options.bias is not None:
+        x = x + per_class(options.bias)
+    objective = options.objective
+    parameter = objective.class_parameter()
+    objective = objective if parameter is None else objective.with_class_parameter(per_class(parameter))
+    weights = [
+        per_class(value) if isinstance(value, Tensor) else value
+        for value in (options.positive_weight, options.negative_weight)
+    ]
+
+    def mixed(sides: Sides) -> Tensor:
+        shares = zip((y, 1 - y), weights, sides, strict=True)
+        positive, negative = (torch.where(share == 0, 0.0, share * by * side) for share, by, side in shares)
+        return positive + negative
+
+    losses = declared(x, lambda x: mixed(side_values(objective, x, y)), lambda x: mixed(side_slopes(objective, x, y)))
+    losses = losses if weight is None else losses * weight
+    losses = _without(losses, ignored.expand_as(losses))
+    if options.reduction == "none":
+        return losses
+    if normalizer is not None:
+        return losses.sum() / torch.where(normalizer == 0, torch.ones_like(normalizer), normalizer)
+    if options.reduction == "sum":
+        return losses.sum()
+    if target.dim() != 1:
+        return losses.sum() / losses.numel()
+    return losses.sum() / (rows.valid.sum() * logits.shape[1])
+
+
+def dense_labels(target: Tensor, logits: Tensor, ignore_index: int) -> Tensor:
+    """Return labels of the logits' shape: 1 at each class that a row's target names; dense ones as they are."""
+    if target.is_floating_point() or target.dtype == torch.bool:
+        return target
+    num_classes = logits.shape[1]
+    listed = target[:, None] if target.dim() == 1 else target  # (N, K)
+    classes = torch.arange(num_classes, device=target.device)
+    if listed.shape[1] == 1:
+        labels = listed == classes  # (N, C)
+    else:
+        spare = torch.where((listed >= 0) & (listed < num_classes) & (listed != ignore_index), listed, num_classes)
+        labels = torch.zeros(listed.shape[0], num_classes + 1, dtype=torch.bool, device=target.device)
+        labels = labels.scatter(1, spare, True)[:, :num_classes]
+    labels = labels & (classes != ignore_index)
+    return labels if logits.dim() == 2 else _channels_first(labels, logits)
+
+
+def _per_logit(vector: Tensor, logits: Tensor) -> Tensor:
+    """Return a row vector (N,) so that it broadcasts against logits; what has their shape as it is."""
+    if vector.shape == logits.shape:
+        return vector
+    return vector[:, None] if logits.dim() == 2 else vector.view(logits.shape[0], 1, logits.shape[2])
+
+
+def _channels_first(rows: Tensor, logits: Tensor) -> Tensor:
+    """Return rows (B * P, C) as (B, C, P)."""
+    return rows.view(logits.shape[0], logits.shape[2], logits.shape[1]).transpose(1, 2)
 
 
 def _whole_row(logits: Tensor, probabilities: Tensor, options: SoftmaxOptions) -> RowSplit:

@@ -1045,7 +1045,7 @@ def split_call(options: SoftmaxOptions, dtype: torch.dtype, target: str, num_row
 def loss_call(options: SoftmaxOptions, dtype: torch.dtype, target: str, num_rows: int) -> tuple[Any, ...]:
     """Return the arguments of softmax_loss but the last, with_gradient."""
     weights = randn(num_rows, seed=5, dtype=_accumulate(dtype)).abs()
-    objective = objective_arguments(options.to(torch.device("cpu"), _accumulate(dtype)))
+    objective = objective_arguments(options.to(torch.device("cpu"), _accumulate(dtype)).objective)
     rows = (weights, None) if options.z_loss else (None, torch.tensor(3.0, dtype=_accumulate(dtype)))
     reduction = "none" if target == "probabilities" else "mean" if num_rows else "sum"  # the mean of nothing is NaN
     return (*split_call(options, dtype, target, num_rows), *objective, *rows, reduction, options.z_loss)

@@ -267,7 +267,7 @@ def arguments(options=None, sample_weight=None, normalizer=None, reduction="sum"
     options = SoftmaxOptions() if options is None else options
     return (
         *split_arguments(options),
-        *objective_arguments(options),
+        *objective_arguments(options.objective),
         sample_weight,
         normalizer,
         reduction,

@@ -154,7 +154,7 @@ def call(driver: _Driver, **case) -> None:
     split = split_arguments(options)
     normalizer = vector(()) if reduction == "normalizer" else None
     loss = (
-        *objective_arguments(options),
+        *objective_arguments(options.objective),
         vector(num_rows) if case.get("sample_weight") else None,
         normalizer,
         "sum" if reduction == "normalizer" else reduction,

@@ -8,6 +8,12 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
 #include "../math.h"
 
 namespace imbalance::cpu {
@@ -150,6 +156,31 @@ struct Polynomial<double> {
                                    2.510573921958671297e-8};
 };
 
+// The square root of each lane: a vector extension has none, and its lanes one by one are not made into one again.
+template <class L>
+IMBALANCE_INLINE L square_root(L x) {
+  constexpr bool is_float = sizeof(typename L::Scalar) == 4;
+  constexpr int bytes = sizeof(x.v);
+#if defined(IMBALANCE_AVX512)
+  // the masked forms: GCC warns of what the others leave undefined
+  if constexpr (bytes == 64 && is_float) return L(_mm512_maskz_sqrt_ps(0xffff, x.v));
+  if constexpr (bytes == 64 && !is_float) return L(_mm512_maskz_sqrt_pd(0xff, x.v));
+#endif
+#if defined(IMBALANCE_AVX2)
+  if constexpr (bytes == 32 && is_float) return L(_mm256_sqrt_ps(x.v));
+  if constexpr (bytes == 32 && !is_float) return L(_mm256_sqrt_pd(x.v));
+#endif
+#if defined(__x86_64__)
+  if constexpr (bytes == 16 && is_float) return L(_mm_sqrt_ps(x.v));
+  if constexpr (bytes == 16 && !is_float) return L(_mm_sqrt_pd(x.v));
+#elif defined(__ARM_NEON)
+  if constexpr (bytes == 16 && is_float) return L(vsqrtq_f32(x.v));
+  if constexpr (bytes == 16 && !is_float) return L(vsqrtq_f64(x.v));
+#endif
+  for (int i = 0; i < L::count; ++i) x.v[i] = std::sqrt(x.v[i]);
+  return x;
+}
+
 // e^x as 2^k (1 + tail), for x <= 0 (and a little above).
 template <class L>
 struct SplitExp {
@@ -189,6 +220,7 @@ struct Math<cpu::Lanes<T, Bytes>> {
   using L = cpu::Lanes<T, Bytes>;
   using Mask = typename L::Mask;
   using P = cpu::Polynomial<T>;
+  using Scalar = T;
   static IMBALANCE_INLINE L infinity() { return L(std::numeric_limits<T>::infinity()); }
   static IMBALANCE_INLINE Mask less(L a, L b) { return a.v < b.v; }
   static IMBALANCE_INLINE Mask equal(L a, L b) { return a.v == b.v; }
@@ -204,6 +236,7 @@ struct Math<cpu::Lanes<T, Bytes>> {
     const cpu::SplitExp<L> split(select(tiny, L(P::lowest), x));
     return select(tiny, L(T(-1)), (split.power - L(T(1))) + split.power * split.tail);
   }
+  static IMBALANCE_INLINE L sqrt(L x) { return cpu::square_root(x); }
   static IMBALANCE_INLINE L log(L x) {
     const Mask bits = cpu::bit_cast<Mask>(x.v);
     const Mask exponent = (bits - P::sqrt_half) >> P::mantissa;

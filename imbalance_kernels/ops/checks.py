@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,10 +21,15 @@ __all__ = [
     "check_class_vector",
     "check_cosines",
     "check_inplace",
+    "check_input",
     "check_linear_cosines",
+    "check_normalizer",
     "check_options",
     "check_range",
+    "check_reduction",
     "check_row_tensors",
+    "is_view",
+    "may_read_values",
 ]
 
 REDUCTIONS = ("none", "sum", "mean")
@@ -47,8 +52,8 @@ def _check_tensors(**arguments: Any) -> None:
             raise TypeError(f"{name} is a {type(value).__name__}, but it must be a tensor{layer}")
 
 
-def as_rows(input: Tensor, target: Tensor, class_dim: int) -> Rows:
-    """Return input and target as rows, without a copy where the layout allows it."""
+def check_input(input: Tensor, target: Tensor, class_dim: int) -> int:
+    """Check what every loss takes; return class_dim, 0 where classes are all that input has."""
     _check_tensors(input=input, target=target)
     if type(input).__name__ == "DTensor" or type(target).__name__ == "DTensor":
         raise TypeError(
@@ -67,6 +72,12 @@ def as_rows(input: Tensor, target: Tensor, class_dim: int) -> Rows:
         raise ValueError(f"class_dim is {class_dim}, but input has shape {tuple(input.shape)}")
     if target.device != input.device:
         raise ValueError(f"target is on {target.device}, but input is on {input.device}")
+    return class_dim
+
+
+def as_rows(input: Tensor, target: Tensor, class_dim: int) -> Rows:
+    """Return input and target as rows, without a copy where the layout allows it."""
+    class_dim = check_input(input, target, class_dim)
     classes_last = input.movedim(class_dim, -1)
     if target.is_floating_point():
         if target.shape != input.shape:
@@ -91,7 +102,7 @@ def as_rows(input: Tensor, target: Tensor, class_dim: int) -> Rows:
     logits = classes_last.reshape(num_rows, num_classes)
     if num_classes > 1 and logits.stride(1) != 1:
         logits = logits.contiguous()
-    owned = not _is_view(classes_last, logits)
+    owned = not is_view(classes_last, logits)
     if target.is_floating_point():
         return Rows(logits, rows_of_target.reshape(num_rows, num_classes).contiguous(), shape, owned)
     return Rows(logits, rows_of_target.reshape(num_rows).to(torch.int64), shape, owned)
@@ -173,8 +184,7 @@ def _check_master_copy(name: str, tensor: Tensor, input: Tensor) -> None:
 
 def check_options(options: SoftmaxOptions, num_classes: int, target: Tensor) -> None:
     """Check everything that does not depend on the values of the logits or targets."""
-    if options.reduction not in REDUCTIONS:
-        raise ValueError(f"reduction is {options.reduction!r}, but it must be one of {REDUCTIONS}")
+    check_reduction(options.reduction)
     _check_number("label_smoothing", options.label_smoothing, 0, 1)
     _check_number("z_loss", options.z_loss, 0, math.inf)
     logit_map = options.logit_map
@@ -202,6 +212,12 @@ def check_options(options: SoftmaxOptions, num_classes: int, target: Tensor) -> 
             raise ValueError("ignore_index is not supported with class probabilities: give such rows sample_weight 0")
 
 
+def check_reduction(reduction: str) -> None:
+    """Check that a reduction is one."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction is {reduction!r}, but it must be one of {REDUCTIONS}")
+
+
 def check_row_tensors(
     options: SoftmaxOptions, rows: Rows, sample_weight: Tensor | None, normalizer: Tensor | float | None
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -218,17 +234,23 @@ def check_row_tensors(
         if sample_weight.device != logits.device:
             raise ValueError(f"sample_weight is on {sample_weight.device}, but input is on {logits.device}")
         sample_weight = sample_weight.reshape(-1).to(dtype)
+    return sample_weight, check_normalizer(normalizer, options.reduction, logits)
+
+
+def check_normalizer(normalizer: Tensor | float | None, reduction: str, logits: Tensor) -> Tensor | None:
+    """Return normalizer () in the accumulation dtype, checked."""
     if normalizer is None:
-        return sample_weight, None
-    if options.reduction == "none":
+        return None
+    dtype = accumulate_dtype(logits.dtype)
+    if reduction == "none":
         raise ValueError("normalizer is given with reduction='none', which divides by nothing: use 'sum' or 'mean'")
     if isinstance(normalizer, Tensor):
         if normalizer.requires_grad:
             raise ValueError("normalizer requires grad, but it is a constant: pass normalizer.detach()")
         if normalizer.numel() != 1:
             raise ValueError(f"normalizer has shape {tuple(normalizer.shape)}, but it must be one number")
-        return sample_weight, normalizer.reshape(()).to(logits.device, dtype)
-    return sample_weight, torch.full((), float(normalizer), dtype=dtype, device=logits.device)
+        return normalizer.reshape(()).to(logits.device, dtype)
+    return torch.full((), float(normalizer), dtype=dtype, device=logits.device)
 
 
 def check_range(rows: Rows, options: SoftmaxOptions, num_classes: int) -> None:
@@ -239,7 +261,7 @@ def check_range(rows: Rows, options: SoftmaxOptions, num_classes: int) -> None:
     Raises:
         IndexError: a target is neither.
     """
-    if rows.target.is_floating_point() or not _may_read_values(rows.logits):
+    if rows.target.is_floating_point() or not may_read_values(rows.logits):
         return
     outside = ((rows.target < 0) | (rows.target >= num_classes)) & (rows.target != options.ignore_index)
     if bool(outside.any()):
@@ -255,7 +277,7 @@ def check_cosines(rows: Rows, options: SoftmaxOptions) -> None:
     Raises:
         ValueError: one is outside [-1, 1]: embeddings, or products that were not normalised.
     """
-    if rows.target.is_floating_point() or not _may_read_values(rows.logits):
+    if rows.target.is_floating_point() or not may_read_values(rows.logits):
         return
     targets = RowTargets.of(rows.target, rows.logits.shape[1], options.ignore_index)
     cosines = rows.logits.detach().gather(1, targets.indices[:, None]).squeeze(1)
@@ -272,7 +294,7 @@ def check_linear_cosines(
     """
     if linear_bias is not None:
         raise ValueError("linear_bias is given, but this loss is defined on cosines: use a layer without a bias")
-    if rows.target.is_floating_point() or not _may_read_values(rows.logits):
+    if rows.target.is_floating_point() or not may_read_values(rows.logits):
         return
     targets = RowTargets.of(rows.target, linear_weight.shape[0], options.ignore_index)
     with torch.no_grad():
@@ -291,13 +313,22 @@ def _check_range_of_cosines(cosines: Tensor, targets: RowTargets, what: str, whe
         )
 
 
-def _may_read_values(logits: Tensor) -> bool:
+def may_read_values(logits: Tensor) -> bool:
+    """Return whether checks may read the values of tensors beside logits, see `check_range`."""
     if torch.compiler.is_compiling() or logits.shape[1] == 0:
         return False
     return logits.device.type == "cpu" or os.environ.get("IMBALANCE_KERNELS_CHECK") == "1"
 
 
-def check_inplace(input: Tensor, rows: Rows, class_dim: int) -> None:
+class _Layout(Protocol):
+    @property
+    def logits(self) -> Tensor: ...
+
+    @property
+    def owned(self) -> bool: ...
+
+
+def check_inplace(input: Tensor, rows: _Layout, class_dim: int) -> None:
     """Check that the gradient may take the memory of the logits.
 
     Raises:
@@ -315,8 +346,18 @@ def check_inplace(input: Tensor, rows: Rows, class_dim: int) -> None:
             f"inplace=True needs an input that can be seen as (N, C) rows without a copy, but its shape is "
             f"{tuple(input.shape)} with strides {input.stride()} and class_dim={class_dim}"
         )
-    if rows.logits.shape[0] > 1 and rows.logits.stride(0) < rows.logits.shape[1]:
+    if _overlaps(rows.logits):
         raise ValueError(f"inplace=True needs rows with memory of their own, but input's strides are {input.stride()}")
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Return whether a dimension's step is smaller than what lies within it, as in an expanded tensor."""
+    extent = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride < extent:
+            return True
+        extent += (size - 1) * stride
+    return False
 
 
 def check_class_vector(argument: str, vector: Tensor | None, num_classes: int) -> None:
@@ -353,7 +394,7 @@ def _wrong_target_shape(input: Tensor, target: Tensor, class_dim: int) -> str:
     return message
 
 
-def _is_view(base: Tensor, rows: Tensor) -> bool:
+def is_view(base: Tensor, rows: Tensor) -> bool:
     """Return whether `rows` shares the storage of `base`, which reshape and contiguous decide by the layout."""
     if not torch.compiler.is_compiling():
         return rows.numel() == 0 or rows.data_ptr() == base.data_ptr()

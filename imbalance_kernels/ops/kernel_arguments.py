@@ -8,15 +8,17 @@ from torch import Tensor
 
 from imbalance_kernels.logit_map import AngularMargin, CircleMargin, LogitMap, Margin
 from imbalance_kernels.objectives import REGISTRY, Objective
-from imbalance_kernels.options import SoftmaxOptions
+from imbalance_kernels.options import SigmoidOptions, SoftmaxOptions
 
 __all__ = [
     "LossArguments",
+    "SigmoidArguments",
     "SplitArguments",
     "loss_arguments",
     "objective_arguments",
     "options_of_loss",
     "options_of_split",
+    "sigmoid_arguments",
     "split_arguments",
 ]
 
@@ -69,6 +71,45 @@ class LossArguments(NamedTuple):
         return self._replace(target=self.target[rows], sample_weight=sample_weight)
 
 
+class SigmoidArguments(NamedTuple):
+    """What a sigmoid loss is made of, as the schemas have it after the logits."""
+
+    target: Tensor
+    objective: str
+    objective_parameters: list[float]
+    class_parameter: Tensor | None
+    positive: float  # where positive_weight is None
+    negative: float
+    positive_weight: Tensor | None
+    negative_weight: Tensor | None
+    bias: Tensor | None
+    sample_weight: Tensor | None
+    normalizer: Tensor | None
+    ignore_index: int
+    reduction: str
+
+
+def sigmoid_arguments(
+    target: Tensor, options: SigmoidOptions, sample_weight: Tensor | None, normalizer: Tensor | None
+) -> SigmoidArguments:
+    """Return the arguments of a sigmoid loss."""
+    weights = (options.positive_weight, options.negative_weight)
+    positive, negative = (1.0 if isinstance(weight, Tensor) else float(weight) for weight in weights)
+    vectors = (weight if isinstance(weight, Tensor) else None for weight in weights)
+    return SigmoidArguments(
+        target,
+        *objective_arguments(options.objective),
+        positive,
+        negative,
+        *vectors,
+        options.bias,
+        sample_weight,
+        normalizer,
+        options.ignore_index,
+        options.reduction,
+    )
+
+
 def loss_arguments(
     target: Tensor,
     options: SoftmaxOptions,
@@ -77,7 +118,7 @@ def loss_arguments(
 ) -> LossArguments:
     """Return the arguments of a loss."""
     of_rows = (sample_weight, normalizer, options.reduction, options.z_loss)
-    return LossArguments(*(target, *split_arguments(options), *objective_arguments(options), *of_rows))
+    return LossArguments(*(target, *split_arguments(options), *objective_arguments(options.objective), *of_rows))
 
 
 def split_arguments(options: SoftmaxOptions) -> tuple[Any, ...]:
@@ -99,9 +140,8 @@ def split_arguments(options: SoftmaxOptions) -> tuple[Any, ...]:
     )
 
 
-def objective_arguments(options: SoftmaxOptions) -> tuple[str, list[float], Tensor | None]:
+def objective_arguments(objective: Objective) -> tuple[str, list[float], Tensor | None]:
     """Return objective, objective_parameters, class_parameter; a per-class parameter's number is 0, and not read."""
-    objective = options.objective
     numbers = [0.0 if isinstance(value, Tensor) else float(value) for value in objective.kernel_parameters()]
     return objective.name, numbers, objective.class_parameter()
 

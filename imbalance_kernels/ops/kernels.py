@@ -17,7 +17,7 @@ from torch import Tensor
 from imbalance_kernels import implementation  # loads the extension, which registers its operations
 from imbalance_kernels.options import accumulate_dtype
 
-__all__ = ["LOSS_SCHEMA", "SCHEMAS", "SPLIT_BACKWARD_SCHEMA", "SPLIT_SCHEMA", "kernels"]
+__all__ = ["LOSS_SCHEMA", "SCHEMAS", "SIGMOID_SCHEMA", "SPLIT_BACKWARD_SCHEMA", "SPLIT_SCHEMA", "kernels"]
 
 SPLIT_SCHEMA = (
     "Tensor target, float scale, Tensor? factor, Tensor? bias, float? softcap, str margin_kind, "
@@ -26,6 +26,11 @@ SPLIT_SCHEMA = (
 LOSS_SCHEMA = (
     "str objective, float[] objective_parameters, Tensor? class_parameter, Tensor? sample_weight, Tensor? normalizer, "
     "str reduction, float z_loss"
+)
+SIGMOID_SCHEMA = (
+    "Tensor target, str objective, float[] objective_parameters, Tensor? class_parameter, float positive, "
+    "float negative, Tensor? positive_weight, Tensor? negative_weight, Tensor? bias, Tensor? sample_weight, "
+    "Tensor? normalizer, int ignore_index, str reduction"
 )
 SPLIT_BACKWARD_SCHEMA = "Tensor rest, Tensor shift, Tensor d_target, Tensor d_rest, Tensor d_weighted_logits"
 
@@ -36,6 +41,10 @@ SCHEMAS = {
     "softmax_loss_": f"(Tensor(a!) logits, {SPLIT_SCHEMA}, {LOSS_SCHEMA}) -> Tensor loss",
     "softmax_loss_backward": f"(Tensor logits, {SPLIT_SCHEMA}, {LOSS_SCHEMA}, Tensor upstream) -> Tensor d_logits",
     "softmax_loss_backward_": f"(Tensor(a!) logits, {SPLIT_SCHEMA}, {LOSS_SCHEMA}, Tensor upstream) -> ()",
+    "sigmoid_loss": f"(Tensor logits, {SIGMOID_SCHEMA}, bool with_gradient) -> (Tensor loss, Tensor d_logits)",
+    "sigmoid_loss_": f"(Tensor(a!) logits, {SIGMOID_SCHEMA}) -> Tensor loss",
+    "sigmoid_loss_backward": f"(Tensor logits, {SIGMOID_SCHEMA}, Tensor upstream) -> Tensor d_logits",
+    "sigmoid_loss_backward_": f"(Tensor(a!) logits, {SIGMOID_SCHEMA}, Tensor upstream) -> ()",
     "scale_": "(Tensor(a!) gradient, Tensor factor) -> ()",
     "target_and_rest": (
         f"(Tensor logits, {SPLIT_SCHEMA}) -> "
@@ -58,7 +67,7 @@ def kernels(impl: str) -> Any:
 
 
 def _launcher(name: str) -> Callable[..., Any]:
-    module = "target_and_rest" if name.startswith("target_and_rest") else "softmax_loss"
+    module = next((stem for stem in ("target_and_rest", "sigmoid_loss") if name.startswith(stem)), "softmax_loss")
 
     def launch(*arguments: Any) -> Any:
         return getattr(importlib.import_module(f"imbalance_kernels.triton_kernels.{module}"), name)(*arguments)
@@ -69,6 +78,12 @@ def _launcher(name: str) -> Callable[..., Any]:
 def _fake_softmax_loss(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     *_, reduction, _, with_gradient = options
     loss = logits.new_empty(logits.shape[:1] if reduction == "none" else (), dtype=accumulate_dtype(logits.dtype))
+    return loss, logits.new_empty(logits.shape if with_gradient else (0,))
+
+
+def _fake_sigmoid_loss(logits: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    *_, reduction, with_gradient = options
+    loss = logits.new_empty(logits.shape if reduction == "none" else (), dtype=accumulate_dtype(logits.dtype))
     return loss, logits.new_empty(logits.shape if with_gradient else (0,))
 
 
@@ -92,6 +107,10 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "softmax_loss_": lambda logits, *_: logits.new_empty((), dtype=accumulate_dtype(logits.dtype)),
     "softmax_loss_backward": _fake_gradient,
     "softmax_loss_backward_": _fake_nothing,
+    "sigmoid_loss": _fake_sigmoid_loss,
+    "sigmoid_loss_": lambda logits, *_: logits.new_empty((), dtype=accumulate_dtype(logits.dtype)),
+    "sigmoid_loss_backward": _fake_gradient,
+    "sigmoid_loss_backward_": _fake_nothing,
     "scale_": _fake_nothing,
     "target_and_rest": _fake_target_and_rest,
     "target_and_rest_backward": _fake_gradient,

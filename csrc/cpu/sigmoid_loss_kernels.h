@@ -1,0 +1,529 @@
+// sigmoid_loss on CPU: value and gradient of every logit in one trip.
+//
+// Logits are taken in blocks that fit the L1 cache: whole rows, a piece of a wide row, or the pixels of one class. What
+// stands beside a block's logits is staged first, as numbers: labels (never one-hot for more than a block), the weights
+// of rows, and for rows that share a block the class vectors, repeated. One loop then does a block, of a code of its own
+// for each objective. Nothing of the logits' size but the gradient is ever allocated.
+//
+// One source for AVX-512, AVX2, SSE2 and NEON: sigmoid_loss_<instruction set>.cpp includes it.
+#pragma once
+
+#include "packs.h"
+#include "sigmoid_loss.h"
+
+namespace imbalance::cpu {
+namespace {
+
+constexpr int64_t kSigmoidBlock = 2048;  // logits
+constexpr int64_t kMostHalves = 16;      // exponents up to 8 are products
+
+// As in the standard library, whose own must not be compiled for an instruction set (sigmoid_loss_avx2.cpp).
+template <class T>
+void fill(T* to, int64_t count, T value) {
+  for (int64_t i = 0; i < count; ++i) to[i] = value;
+}
+template <class T>
+void copy(const T* from, int64_t count, T* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+}
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// A class vector beside a block: a number for each of its logits, or one for all.
+template <class T>
+struct Beside {
+  const T* values;
+  T constant;
+
+  template <class L, class Whole>
+  IMBALANCE_INLINE L load(Whole whole, int64_t i, int64_t n) const {
+    return values ? load_pack<L>(whole, values + i, n, T(0)) : L(constant);
+  }
+};
+
+template <class S>
+struct Block {
+  using T = typename AccumulateOf<S>::type;
+  int64_t count;
+  const S* logits;
+  const T* labels;
+  Beside<T> positive;
+  Beside<T> negative;
+  Beside<T> bias;
+  Beside<T> parameter;  // the objective's first
+  const T* weight;      // null: one
+  const T* upstream;    // null: one
+  T scale;              // of the gradient
+  T* losses;            // null: their sum alone
+  S* gradient;          // null: the losses alone
+};
+
+// ---------------------------------------------------------------- objectives: what a hard label costs, and a soft one
+
+// One of the registry. `parameter` is its first, which may differ from class to class.
+template <ObjectiveKind kind>
+struct OfRegistry {
+  double second;
+
+  template <class L>
+  IMBALANCE_INLINE ValueAndSlope<L> hard(const Truth<L>& t, typename L::Mask, L parameter) const {
+    return evaluate(kind, t, parameter, L(static_cast<typename L::Scalar>(second)));
+  }
+  template <class L>
+  IMBALANCE_INLINE Sides<L> soft(const Truth<L>& t, L y, L parameter) const {
+    if constexpr (kind == ObjectiveKind::focal) {
+      return focal_sides(t, y, parameter);
+    } else {
+      return mixed_sides(t, [&](const Truth<L>& side) IMBALANCE_LAMBDA { return hard(side, typename L::Mask(), parameter); });
+    }
+  }
+};
+
+// The same with a power that is made of products.
+struct FocalOfProducts {
+  HalfExponent gamma;
+
+  template <class L>
+  IMBALANCE_INLINE ValueAndSlope<L> hard(const Truth<L>& t, typename L::Mask, L) const {
+    return focal(t, gamma);
+  }
+  template <class L>
+  IMBALANCE_INLINE Sides<L> soft(const Truth<L>& t, L y, L) const {
+    return focal_sides(t, y, gamma);
+  }
+};
+
+struct PolyFocalOfProducts {
+  HalfExponent gamma;
+  double epsilon;
+
+  template <class L>
+  IMBALANCE_INLINE ValueAndSlope<L> hard(const Truth<L>& t, typename L::Mask, L) const {
+    return poly_focal(t, gamma, L(static_cast<typename L::Scalar>(epsilon)));
+  }
+  template <class L>
+  IMBALANCE_INLINE Sides<L> soft(const Truth<L>& t, L, L) const {
+    return mixed_sides(t, [&](const Truth<L>& side) IMBALANCE_LAMBDA { return hard(side, typename L::Mask(), L()); });
+  }
+};
+
+// An exponent that is no product, for every lane.
+template <class L>
+IMBALANCE_INLINE L exponent(double gamma) {
+  return L(static_cast<typename L::Scalar>(gamma));
+}
+template <class L>
+IMBALANCE_INLINE HalfExponent exponent(HalfExponent gamma) {
+  return gamma;
+}
+
+template <class Exponent>
+struct QualityFocal {
+  Exponent beta;
+
+  template <class L>
+  IMBALANCE_INLINE ValueAndSlope<L> hard(const Truth<L>& t, typename L::Mask, L) const {
+    return focal(t, exponent<L>(beta));
+  }
+  template <class L>
+  IMBALANCE_INLINE Sides<L> soft(const Truth<L>& t, L y, L) const {
+    return quality_focal_sides(t, y, exponent<L>(beta));
+  }
+};
+
+template <class Exponent>
+struct Varifocal {
+  Exponent gamma;
+  double alpha;
+
+  template <class L>
+  IMBALANCE_INLINE ValueAndSlope<L> hard(const Truth<L>& t, typename L::Mask positive, L) const {
+    using M = Math<L>;
+    const ValueAndSlope<L> of_positive = cross_entropy(t), of_negative = focal(t, exponent<L>(gamma));
+    const L weight(static_cast<typename L::Scalar>(alpha));
+    return {M::select(positive, of_positive.value, weight * of_negative.value),
+            M::select(positive, of_positive.slope, weight * of_negative.slope)};
+  }
+  template <class L>
+  IMBALANCE_INLINE Sides<L> soft(const Truth<L>& t, L y, L) const {
+    return varifocal_sides(t, y, exponent<L>(gamma), L(static_cast<typename L::Scalar>(alpha)));
+  }
+};
+
+template <class Exponent>
+struct Asymmetric {
+  Exponent gamma_neg;
+  Exponent gamma_pos;
+  double clip;
+
+  template <class L>
+  IMBALANCE_INLINE ValueAndSlope<L> of_negative(const Truth<L>& t) const {
+    if (clip == 0) return focal(t, exponent<L>(gamma_neg));
+    return clipped_focal(t, exponent<L>(gamma_neg), L(static_cast<typename L::Scalar>(clip)));
+  }
+  template <class L>
+  IMBALANCE_INLINE ValueAndSlope<L> hard(const Truth<L>& t, typename L::Mask positive, L) const {
+    using M = Math<L>;
+    const ValueAndSlope<L> of_positive = focal(t, exponent<L>(gamma_pos)), negative = of_negative(t);
+    return {M::select(positive, of_positive.value, negative.value),
+            M::select(positive, of_positive.slope, negative.slope)};
+  }
+  template <class L>
+  IMBALANCE_INLINE Sides<L> soft(const Truth<L>& t, L, L) const {
+    const ValueAndSlope<L> negative = of_negative(t.flipped());
+    return {focal(t, exponent<L>(gamma_pos)), {negative.value, -negative.slope}};
+  }
+};
+
+// ---------------------------------------------------------------- a block
+
+template <class S, int Bytes, class Objective, bool soft>
+double block_loss(const Block<S>& block, const void* erased) {
+  using T = typename AccumulateOf<S>::type;
+  using L = Lanes<T, Bytes>;
+  using M = Math<L>;
+  const Objective objective = *static_cast<const Objective*>(erased);
+  const L zero(T(0)), one(T(1)), scale(block.scale);
+  L sums[4] = {zero, zero, zero, zero};
+  for_packs<L>(block.count, [&](auto whole, int64_t i, int64_t n, int a) IMBALANCE_LAMBDA {
+    const L x = load_pack<L>(whole, block.logits + i, n, T(0)) + block.bias.template load<L>(whole, i, n);
+    const L y = load_pack<L>(whole, block.labels + i, n, T(0));
+    const L parameter = block.parameter.template load<L>(whole, i, n);
+    const L of_positive = block.positive.template load<L>(whole, i, n);
+    const L of_negative = block.negative.template load<L>(whole, i, n);
+    L value, slope;
+    if constexpr (soft) {
+      const Sides<L> sides = objective.soft(Truth<L>(x), y, parameter);
+      const L positive = y * of_positive, negative = (one - y) * of_negative;
+      value = share_of(positive, sides.positive.value) + share_of(negative, sides.negative.value);
+      slope = share_of(positive, sides.positive.slope) + share_of(negative, sides.negative.slope);
+    } else {
+      const auto positive = M::equal(y, one);
+      const ValueAndSlope<L> cost = objective.hard(Truth<L>(M::select(positive, x, -x)), positive, parameter);
+      const L weight = M::select(positive, of_positive, of_negative);
+      value = share_of(weight, cost.value);
+      slope = share_of(M::select(positive, weight, -weight), cost.slope);
+    }
+    slope = slope * scale;  // which is infinite where nothing counts
+    if (block.weight) {
+      const L weight = load_pack<L>(whole, block.weight + i, n, T(0));
+      value = M::select(M::equal(weight, zero), zero, weight * value);
+      slope = M::select(M::equal(weight, zero), zero, weight * slope);
+    }
+    if (block.losses) store_pack(whole, block.losses + i, n, value);
+    if (block.gradient) {
+      if (block.upstream) slope = slope * load_pack<L>(whole, block.upstream + i, n, T(0));
+      store_pack(whole, block.gradient + i, n, slope);
+    }
+    if constexpr (!whole) {
+      const auto inside = L::iota() < static_cast<typename L::Integer>(n) - typename L::Mask{};
+      value = M::select(inside, value, zero);
+    }
+    sums[a] = sums[a] + value;
+  });
+  return sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+// The loops of an objective, for hard labels and for soft ones.
+template <class S>
+struct BlockLoss {
+  double (*hard)(const Block<S>&, const void* objective);
+  double (*soft)(const Block<S>&, const void* objective);
+};
+
+inline bool is_product(double exponent) { return exponent * 2 == std::floor(exponent * 2) && exponent * 2 <= kMostHalves; }
+inline HalfExponent as_product(double exponent) { return {static_cast<int>(exponent * 2)}; }
+
+// run(objective) with the type that stands for the call's objective.
+template <class Run>
+void with_objective(const SigmoidArguments& call, const Run& run) {
+  const double first = call.objective_parameters[0], second = call.objective_parameters[1];
+  const bool products = !call.class_parameter && is_product(first);
+  switch (call.objective) {
+    case BinaryObjectiveKind::cross_entropy:
+      return run(OfRegistry<ObjectiveKind::cross_entropy>{0});
+    case BinaryObjectiveKind::focal:
+      if (products) return run(FocalOfProducts{as_product(first)});
+      return run(OfRegistry<ObjectiveKind::focal>{0});
+    case BinaryObjectiveKind::hard_truncation:
+      return run(OfRegistry<ObjectiveKind::hard_truncation>{0});
+    case BinaryObjectiveKind::soft_truncation:
+      return run(OfRegistry<ObjectiveKind::soft_truncation>{0});
+    case BinaryObjectiveKind::poly:
+      return run(OfRegistry<ObjectiveKind::poly>{0});
+    case BinaryObjectiveKind::poly_focal:
+      if (products) return run(PolyFocalOfProducts{as_product(first), second});
+      return run(OfRegistry<ObjectiveKind::poly_focal>{second});
+    case BinaryObjectiveKind::gce:
+      return run(OfRegistry<ObjectiveKind::gce>{0});
+    case BinaryObjectiveKind::smooth_accuracy:
+      return run(OfRegistry<ObjectiveKind::smooth_accuracy>{0});
+    case BinaryObjectiveKind::token_scaled:
+      return run(OfRegistry<ObjectiveKind::token_scaled>{0});
+    case BinaryObjectiveKind::quality_focal:
+      if (products) return run(QualityFocal<HalfExponent>{as_product(first)});
+      return run(QualityFocal<double>{first});
+    case BinaryObjectiveKind::varifocal:
+      if (products) return run(Varifocal<HalfExponent>{as_product(first), second});
+      return run(Varifocal<double>{first, second});
+    case BinaryObjectiveKind::asymmetric: {
+      const double clip = call.objective_parameters[2];
+      if (products && is_product(second)) {
+        return run(Asymmetric<HalfExponent>{as_product(first), as_product(second), clip});
+      }
+      return run(Asymmetric<double>{first, second, clip});
+    }
+  }
+}
+
+// ---------------------------------------------------------------- tiles
+
+// How the logits are cut: into whole rows that share a block, pieces of one row, or pixels of one image, class by class.
+struct Tiling {
+  int64_t rows;    // of a block; 0: pieces, or pixels
+  int64_t pieces;  // of a row, or of an image's pixels
+  int64_t tiles;
+
+  explicit Tiling(const SigmoidArguments& call) {
+    const auto blocks = [](int64_t n) { return (n + kSigmoidBlock - 1) / kSigmoidBlock; };
+    const bool dense_rows = call.image_stride == call.classes &&
+                            (!call.d_logits || call.gradient_image_stride == call.classes);
+    rows = 0;
+    pieces = call.pixels > 0 ? blocks(call.pixels) : blocks(call.classes);
+    tiles = call.images * pieces;
+    if (call.pixels == 0 && call.classes > 0 && 2 * call.classes <= kSigmoidBlock && (dense_rows || call.images == 1)) {
+      rows = kSigmoidBlock / call.classes;
+      tiles = (call.images + rows - 1) / rows;
+    }
+    if (call.classes == 0) tiles = 0;
+  }
+};
+
+template <class S, int Bytes>
+class Tiles {
+ public:
+  using T = typename AccumulateOf<S>::type;
+  using L = Lanes<T, Bytes>;
+
+  static constexpr Beside<T> Block<S>::* kVectors[] = {&Block<S>::positive, &Block<S>::negative, &Block<S>::bias,
+                                                      &Block<S>::parameter};
+  static constexpr int64_t kArrays = 7;
+  static int64_t scratch_numbers() { return kArrays * kSigmoidBlock; }
+
+  Tiles(const SigmoidLossArguments& arguments, void* scratch, const BlockLoss<S>& loss, const void* objective)
+      : call_(arguments.call), tiling_(arguments.call), loss_(loss), objective_(objective) {
+    T* const memory = static_cast<T*>(scratch);
+    labels_ = memory;
+    weights_ = memory + kSigmoidBlock;
+    pixel_labels_ = memory + 2 * kSigmoidBlock;
+    fill(labels_, kSigmoidBlock, T(0));
+    const auto vector = [&](int index, const void* values, double constant) {
+      Beside<T> beside{static_cast<const T*>(values), static_cast<T>(constant)};
+      if (values && tiling_.rows > 0) {  // repeated, for the rows of a block
+        T* const repeated = memory + (3 + index) * kSigmoidBlock;
+        for (int64_t i = 0; i < tiling_.rows; ++i) {
+          copy(beside.values, call_.classes, repeated + i * call_.classes);
+        }
+        beside.values = repeated;
+      }
+      return beside;
+    };
+    block_.positive = vector(0, call_.positive_weight, call_.positive);
+    block_.negative = vector(1, call_.negative_weight, call_.negative);
+    block_.bias = vector(2, call_.bias, 0);
+    block_.parameter = vector(3, call_.class_parameter, call_.objective_parameters[0]);
+    block_.scale = static_cast<T>(arguments.inverse_divisor);
+  }
+
+  // The sum of a tile's losses.
+  double operator()(int64_t tile) {
+    if (tiling_.rows > 0) return rows(tile * tiling_.rows);
+    const int64_t image = tile / tiling_.pieces, first = tile % tiling_.pieces * kSigmoidBlock;
+    return call_.pixels > 0 ? pixels(image, first) : piece(image, first);
+  }
+
+ private:
+  const SigmoidArguments& call_;
+  const Tiling tiling_;
+  const BlockLoss<S> loss_;
+  const void* const objective_;
+  T* labels_;        // of a block; 0 between blocks where labels are sparse
+  T* weights_;       // of a block
+  T* pixel_labels_;  // classes of an image's pixels, as numbers
+  Block<S> block_{};
+
+  bool is_dense() const { return call_.dense != nullptr; }
+  bool ignored(int64_t row) const { return call_.labels && call_.labels[row] == call_.ignore_index; }
+
+  // Sets what lies where the logits do: `at` is a block's place in them, `place` in what is contiguous.
+  double run(int64_t place, int64_t at, int64_t gradient_at, int64_t count) {
+    block_.count = count;
+    block_.logits = static_cast<const S*>(call_.logits) + at;
+    block_.upstream = call_.upstream ? static_cast<const T*>(call_.upstream) + place : nullptr;
+    block_.losses = call_.losses ? static_cast<T*>(call_.losses) + place : nullptr;
+    block_.gradient = call_.d_logits ? static_cast<S*>(call_.d_logits) + gradient_at : nullptr;
+    bool soft = false;
+    block_.labels = labels_;
+    if (is_dense()) soft = stage_dense(place, count);
+    return (soft ? loss_.soft : loss_.hard)(block_, objective_);
+  }
+
+  // Whole rows.
+  double rows(int64_t first_row) {
+    const int64_t count = smaller(tiling_.rows, call_.images - first_row);
+    const auto each_label = [&](T value) {
+      if (is_dense()) return;
+      for (int64_t row = 0; row < count; ++row) set_labels(first_row + row, 0, call_.classes, labels_ + row * call_.classes, value);
+    };
+    each_label(T(1));
+    const int64_t place = first_row * call_.classes;
+    stage_weights(first_row, count, call_.classes, place);
+    const double sum = run(place, first_row * call_.image_stride, first_row * call_.gradient_image_stride, count * call_.classes);
+    each_label(T(0));
+    return sum;
+  }
+
+  // A piece of a row.
+  double piece(int64_t row, int64_t first) {
+    const int64_t count = smaller(kSigmoidBlock, call_.classes - first);
+    const Block<S> whole = block_;
+    for (Beside<T> Block<S>::* const vector : kVectors) {
+      if ((block_.*vector).values) (block_.*vector).values += first;
+    }
+    if (!is_dense()) set_labels(row, first, count, labels_, T(1));
+    const int64_t place = row * call_.classes + first;
+    stage_weights(row, 1, count, place);
+    const double sum = run(place, row * call_.image_stride + first, row * call_.gradient_image_stride + first, count);
+    if (!is_dense()) set_labels(row, first, count, labels_, T(0));
+    block_ = whole;
+    return sum;
+  }
+
+  // Some pixels of an image, one class after the other.
+  double pixels(int64_t image, int64_t first) {
+    const int64_t count = smaller(kSigmoidBlock, call_.pixels - first), first_row = image * call_.pixels + first;
+    const Block<S> whole = block_;
+    if (call_.labels) {
+      for (int64_t i = 0; i < count; ++i) pixel_labels_[i] = static_cast<T>(call_.labels[first_row + i]);
+    }
+    if (!call_.weight_of_logits) stage_weights_of_pixels(first_row, count, nullptr);
+    double sum = 0;
+    for (int64_t c = 0; c < call_.classes; ++c) {
+      for (Beside<T> Block<S>::* const vector : kVectors) {
+        const Beside<T>& of_classes = whole.*vector;
+        block_.*vector = {nullptr, of_classes.values ? of_classes.values[c] : of_classes.constant};
+      }
+      const int64_t place = (image * call_.classes + c) * call_.pixels + first;
+      if (call_.labels) {
+        for (int64_t i = 0; i < count; ++i) labels_[i] = pixel_labels_[i] == static_cast<T>(c) ? T(1) : T(0);
+      } else if (call_.lists) {
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t* const list = call_.lists + (first_row + i) * call_.list_length;
+          labels_[i] = T(0);
+          for (int64_t k = 0; k < call_.list_length; ++k) {
+            if (list[k] == c && c != call_.ignore_index) labels_[i] = T(1);
+          }
+        }
+      }
+      if (call_.weight_of_logits) stage_weights_of_pixels(first_row, count, static_cast<const T*>(call_.sample_weight) + place);
+      sum += run(place, image * call_.image_stride + c * call_.class_stride + first,
+                 image * call_.gradient_image_stride + c * call_.gradient_class_stride + first, count);
+    }
+    block_ = whole;
+    return sum;
+  }
+
+  // Writes `value` where a row's target names one of `count` classes from `first` on.
+  void set_labels(int64_t row, int64_t first, int64_t count, T* labels, T value) const {
+    const int64_t* list = call_.labels ? call_.labels + row : call_.lists + row * call_.list_length;
+    for (int64_t k = 0; k < (call_.labels ? 1 : call_.list_length); ++k) {
+      const int64_t c = list[k] - first;
+      if (list[k] != call_.ignore_index && c >= 0 && c < count) labels[c] = value;
+    }
+  }
+
+  // Returns whether a label is neither 0 nor 1.
+  bool stage_dense(int64_t place, int64_t count) {
+    if (call_.label_type == LabelType::boolean) {
+      const bool* const from = static_cast<const bool*>(call_.dense) + place;
+      for (int64_t i = 0; i < count; ++i) labels_[i] = from[i] ? T(1) : T(0);
+      return false;
+    }
+    if (call_.label_type == LabelType::accumulate || std::is_same_v<S, T>) {
+      block_.labels = static_cast<const T*>(call_.dense) + place;
+    } else {
+      const S* const from = static_cast<const S*>(call_.dense) + place;
+      for_packs<L>(count, [&](auto whole, int64_t i, int64_t n, int)
+                              IMBALANCE_LAMBDA { store_pack(whole, labels_ + i, n, load_pack<L>(whole, from + i, n, T(0))); });
+    }
+    typename L::Mask soft{};
+    for_packs<L>(count, [&](auto whole, int64_t i, int64_t n, int) IMBALANCE_LAMBDA {
+      const L y = load_pack<L>(whole, block_.labels + i, n, T(0));
+      soft |= (y.v != L(T(0)).v) & (y.v != L(T(1)).v);
+    });
+    typename L::Integer any = 0;
+    for (int i = 0; i < L::count; ++i) any |= soft[i];
+    return any != 0;
+  }
+
+  // The weights of `count` rows of `width` logits each, from `place` on; of an ignored row 0.
+  void stage_weights(int64_t first_row, int64_t count, int64_t width, int64_t place) {
+    bool any_ignored = false;
+    for (int64_t row = 0; call_.labels && row < count; ++row) any_ignored |= ignored(first_row + row);
+    const T* const given = static_cast<const T*>(call_.sample_weight);
+    block_.weight = given && call_.weight_of_logits ? given + place : nullptr;
+    if (!any_ignored && (block_.weight || !given)) return;
+    for (int64_t row = 0; row < count; ++row) {
+      T* const to = weights_ + row * width;
+      if (ignored(first_row + row)) {
+        fill(to, width, T(0));
+      } else if (given && call_.weight_of_logits) {
+        copy(given + place + row * width, width, to);
+      } else {
+        fill(to, width, given ? given[first_row + row] : T(1));
+      }
+    }
+    block_.weight = weights_;
+  }
+
+  // The same of pixels: each its own weight, or each logit's, from `of_logits` on.
+  void stage_weights_of_pixels(int64_t first_row, int64_t count, const T* of_logits) {
+    bool any_ignored = false;
+    for (int64_t i = 0; call_.labels && i < count; ++i) any_ignored |= ignored(first_row + i);
+    const T* const given =
+        of_logits ? of_logits : call_.sample_weight ? static_cast<const T*>(call_.sample_weight) + first_row : nullptr;
+    block_.weight = given;
+    if (!any_ignored) return;
+    for (int64_t i = 0; i < count; ++i) weights_[i] = ignored(first_row + i) ? T(0) : given ? given[i] : T(1);
+    block_.weight = weights_;
+  }
+};
+
+template <class S, int Bytes>
+void sigmoid_tiles(const SigmoidLossArguments& arguments, int64_t first, int64_t last, void* scratch, double* sums) {
+  with_objective(arguments.call, [&](const auto& objective) {
+    using Objective = std::decay_t<decltype(objective)>;
+    const BlockLoss<S> loss{block_loss<S, Bytes, Objective, false>, block_loss<S, Bytes, Objective, true>};
+    Tiles<S, Bytes> tiles(arguments, scratch, loss, &objective);
+    for (int64_t tile = first; tile < last; ++tile) sums[tile] = tiles(tile);
+  });
+}
+
+std::size_t sigmoid_scratch_bytes(const SigmoidArguments& call) {
+  const std::size_t number = call.dtype == Dtype::float64 ? 8 : 4;
+  return static_cast<std::size_t>(Tiles<float, 16>::scratch_numbers()) * number;
+}
+
+std::int64_t sigmoid_tile_count(const SigmoidArguments& call) { return Tiling(call).tiles; }
+
+template <int Bytes>
+constexpr SigmoidKernels sigmoid_kernels_of() {
+  return {
+      sigmoid_scratch_bytes,
+      sigmoid_tile_count,
+      {sigmoid_tiles<float, Bytes>, sigmoid_tiles<double, Bytes>, sigmoid_tiles<BFloat16, Bytes>,
+       sigmoid_tiles<Float16, Bytes>},
+  };
+}
+
+}  // namespace
+}  // namespace imbalance::cpu

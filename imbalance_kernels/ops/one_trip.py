@@ -1,0 +1,139 @@
+"""Value and gradient of a loss in one trip over the logits, for every family whose kernels do that.
+
+The logits are read once and their gradient is written once, in the forward, for an upstream gradient of one; backward
+scales it where the upstream gradient is another number. Without grad the logits are only read.
+
+float16 and ``reduction="none"`` need the upstream gradient first (in float16 a mean's 1/N would underflow before a
+gradient scaler's factor arrives): their forward only reads, and backward runs the same kernel for the gradient, rounded
+once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imbalance_kernels.differentiation import anchor, graph_is_kept, once_differentiable
+from imbalance_kernels.ops.kernel_arguments import LossArguments, SigmoidArguments, loss_arguments, sigmoid_arguments
+from imbalance_kernels.ops.kernels import kernels
+from imbalance_kernels.options import SigmoidOptions, SoftmaxOptions
+
+__all__ = ["kernel_loss"]
+
+
+def operation(impl: str, options: SoftmaxOptions | SigmoidOptions, form: str = "") -> Callable[..., Any]:
+    """Return the family's operation of an implementation: "", "_", "_backward" or "_backward_"."""
+    family = "softmax_loss" if isinstance(options, SoftmaxOptions) else "sigmoid_loss"
+    return getattr(kernels(impl), family + form)  # type: ignore[no-any-return]
+
+
+def arguments_of(
+    target: Tensor,
+    options: SoftmaxOptions | SigmoidOptions,
+    sample_weight: Tensor | None,
+    normalizer: Tensor | None,
+) -> LossArguments | SigmoidArguments:
+    """Return what the operation takes after the logits."""
+    if isinstance(options, SoftmaxOptions):
+        return loss_arguments(target, options, sample_weight, normalizer)
+    return sigmoid_arguments(target, options, sample_weight, normalizer)
+
+
+class _LossAndGradient(torch.autograd.Function):
+    """The gradient is made in forward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        logits_anchor: Tensor | None,
+        target: Tensor,
+        sample_weight: Tensor | None,
+        normalizer: Tensor | None,
+        options: SoftmaxOptions | SigmoidOptions,
+        impl: str,
+    ) -> Tensor:
+        arguments = arguments_of(target, options, sample_weight, normalizer)
+        if options.inplace:
+            loss = operation(impl, options, "_")(logits, *arguments)
+            torch.autograd.graph.increment_version(logits)
+            d_logits = logits
+        else:
+            loss, d_logits = operation(impl, options)(logits, *arguments, True)
+        ctx.save_for_backward(d_logits, logits_anchor)
+        ctx.impl = impl
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        d_logits, _ = ctx.saved_tensors
+        if torch.compiler.is_compiling() or graph_is_kept():
+            d_logits = d_logits * d_loss
+        else:
+            _scale(d_logits, d_loss, ctx.impl)
+            d_logits = d_logits.detach()  # a tensor of its own, which .grad can take without a copy
+        return d_logits, None, None, None, None, None, None  # anchor, target, sample_weight, normalizer, options, impl
+
+
+class _LossThenGradient(torch.autograd.Function):
+    """The gradient is made in backward, when the upstream gradient is known."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        sample_weight: Tensor | None,
+        normalizer: Tensor | None,
+        options: SoftmaxOptions | SigmoidOptions,
+        impl: str,
+    ) -> Tensor:
+        ctx.save_for_backward(logits, target, sample_weight, normalizer, *options.class_vectors())
+        ctx.options = options
+        ctx.impl = impl
+        arguments = arguments_of(target, options, sample_weight, normalizer)
+        return operation(impl, options)(logits, *arguments, False)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        logits, target, sample_weight, normalizer, *_ = ctx.saved_tensors
+        arguments = (logits, *arguments_of(target, ctx.options, sample_weight, normalizer), d_loss)
+        if ctx.options.inplace and not torch.compiler.is_compiling() and not graph_is_kept():
+            operation(ctx.impl, ctx.options, "_backward_")(*arguments)
+            torch.autograd.graph.increment_version(logits)
+            d_logits = logits.detach()
+        else:
+            d_logits = operation(ctx.impl, ctx.options, "_backward")(*arguments)
+        return d_logits, None, None, None, None, None  # target, sample_weight, normalizer, options, impl
+
+
+def _scale(gradient: Tensor, factor: Tensor, impl: str) -> None:
+    """Multiply a gradient by a factor of one number, without a kernel's work where that is one."""
+    if gradient.dim() == 2:
+        kernels(impl).scale_(gradient, factor)
+    elif gradient.is_contiguous():
+        kernels(impl).scale_(gradient.view(-1, gradient.shape[-1]), factor)
+    else:
+        gradient.mul_(factor)
+
+
+def kernel_loss(
+    logits: Tensor,  # (N, C), or channels first (B, C, P)
+    target: Tensor,
+    sample_weight: Tensor | None,
+    normalizer: Tensor | None,  # ()
+    options: SoftmaxOptions | SigmoidOptions,
+    impl: str,
+) -> Tensor:
+    """Return the loss of `options` by an implementation's kernels, differentiable where the logits are."""
+    if not (torch.is_grad_enabled() and logits.requires_grad):
+        arguments = arguments_of(target, options, sample_weight, normalizer)
+        return operation(impl, options)(logits, *arguments, False)[0]  # type: ignore[no-any-return]
+    if options.reduction == "none" or logits.dtype == torch.float16:
+        return _LossThenGradient.apply(logits, target, sample_weight, normalizer, options, impl)  # type: ignore[no-any-return]
+    return _LossAndGradient.apply(logits, anchor(logits), target, sample_weight, normalizer, options, impl)  # type: ignore[no-any-return]
