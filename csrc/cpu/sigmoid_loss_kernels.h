@@ -92,6 +92,18 @@ struct FocalOfProducts {
   }
 };
 
+// Soft truncation with K = 1 is focal loss with gamma = 1, of hard labels and of what soft ones mix.
+struct SoftTruncationOfOne {
+  template <class L>
+  IMBALANCE_INLINE ValueAndSlope<L> hard(const Truth<L>& t, typename L::Mask, L) const {
+    return focal(t, HalfExponent{2});
+  }
+  template <class L>
+  IMBALANCE_INLINE Sides<L> soft(const Truth<L>& t, L, L) const {
+    return mixed_sides(t, [&](const Truth<L>& side) IMBALANCE_LAMBDA { return focal(side, HalfExponent{2}); });
+  }
+};
+
 struct PolyFocalOfProducts {
   HalfExponent gamma;
   double epsilon;
@@ -252,7 +264,7 @@ void with_objective(const SigmoidArguments& call, const Run& run) {
     case BinaryObjectiveKind::hard_truncation:
       return run(OfRegistry<ObjectiveKind::hard_truncation>{0});
     case BinaryObjectiveKind::soft_truncation:
-      if (first == 1) return run(FocalOfProducts{as_product(1)});
+      if (first == 1) return run(SoftTruncationOfOne{});
       return run(OfRegistry<ObjectiveKind::soft_truncation>{0});
     case BinaryObjectiveKind::poly:
       return run(OfRegistry<ObjectiveKind::poly>{0});
