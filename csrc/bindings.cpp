@@ -76,6 +76,12 @@ void check_rows(const Tensor& logits) {
   TORCH_CHECK_VALUE(logits.dim() == 2 && (logits.size(1) <= 1 || logits.stride(1) == 1), "logits must be (N, C) rows");
 }
 
+// Of a loss: rows, or channels-first.
+void check_logits(const Tensor& logits) {
+  if (logits.dim() != 3) return check_rows(logits);
+  TORCH_CHECK_VALUE(logits.size(2) <= 1 || logits.stride(2) == 1, "channels-first logits must be (B, C, P) of pixels");
+}
+
 void check_device(const char* name, const Tensor& tensor, const Tensor& logits) {
   TORCH_CHECK_VALUE(tensor.device() == logits.device(), name, " is on ", tensor.device(), ", but logits are on ",
                     logits.device());
@@ -107,11 +113,15 @@ class Split {
   SplitArguments arguments{};
 
   Split(const Tensor& logits, SPLIT_PARAMETERS) : logits_(logits) {
-    check_rows(logits);
+    check_logits(logits);
     arguments.dtype = dtype_of(logits);
     arguments.classes = logits.size(1);
     arguments.logits = logits.const_data_ptr();
     arguments.row_stride = logits.stride(0);
+    if (logits.dim() == 3) {
+      arguments.pixels = logits.size(2);
+      arguments.class_stride = logits.stride(1);
+    }
     check_device("target", target, logits);
     if (at::isFloatingType(target.scalar_type())) {
       TORCH_CHECK_VALUE(target.sizes() == logits.sizes(), "class probabilities must have the logits' shape");
@@ -119,7 +129,7 @@ class Split {
       const Tensor usable = arguments.probabilities_are_logits_dtype ? target : target.to(accumulate_type(logits));
       arguments.probabilities = keep(usable).const_data_ptr();
     } else {
-      TORCH_CHECK_VALUE(target.dim() == 1 && target.size(0) == logits.size(0), "target must be (N,)");
+      TORCH_CHECK_VALUE(target.dim() == 1 && target.size(0) == rows(), "target must be (N,)");
       arguments.target = keep(target.to(at::kLong)).const_data_ptr<int64_t>();
     }
     arguments.ignore_index = ignore_index;
@@ -151,7 +161,7 @@ class Split {
     return scalar ? keep(number(name, *scalar, logits_)).const_data_ptr() : nullptr;
   }
 
-  int64_t rows() const { return logits_.size(0); }
+  int64_t rows() const { return logits_.dim() == 3 ? logits_.size(0) * logits_.size(2) : logits_.size(0); }
   bool has_weights() const { return arguments.target == nullptr || arguments.label_smoothing > 0; }
 
  private:
@@ -207,6 +217,7 @@ LossArguments loss_arguments(Split& split, const Tensor& d_logits, LOSS_PARAMETE
   if (d_logits.defined()) {
     loss.d_logits = d_logits.mutable_data_ptr();
     loss.gradient_stride = d_logits.stride(0);
+    loss.gradient_class_stride = d_logits.stride(1);
   }
   return loss;
 }
@@ -290,6 +301,7 @@ struct Cpu {
   static Tensor loss_in(const Tensor& logits, const Tensor& d_logits, const OptionalTensor& upstream, SPLIT_PARAMETERS,
                         LOSS_PARAMETERS) {
     Split split(logits, SPLIT_NAMES);
+    TORCH_CHECK_NOT_IMPLEMENTED(logits.dim() == 2, "channels-first logits have no CPU kernel");
     auto loss = loss_arguments<cpu::LossArguments>(split, d_logits, LOSS_NAMES);
     const bool reduced = reduction != "none";
     if (upstream && !reduced) loss.upstream = split.row_vector("upstream", upstream);
@@ -366,8 +378,7 @@ struct Cuda {
     return result;
   }
 
-  static Tensor mean_divisor(const Tensor& logits, const cuda::LossArguments& loss) {
-    const int64_t rows = logits.size(0);
+  static Tensor mean_divisor(const Tensor& logits, int64_t rows, const cuda::LossArguments& loss) {
     const Tensor sums = empty_result(logits, {rows == 0 ? 0 : cuda::partial_sums(rows)});
     check_launch(cuda::weight_sums(loss, rows, sums.mutable_data_ptr(), current_stream()));
     return sums.numel() == 1 ? sums : sum(sums, {});
@@ -389,7 +400,7 @@ struct Cuda {
       loss.losses = losses.mutable_data_ptr();
     }
     if (reduction == "mean" && !normalizer) {
-      divisor = mean_divisor(logits, loss);
+      divisor = mean_divisor(logits, split.rows(), loss);
       loss.divisor = divisor.const_data_ptr();
     }
     check_launch(cuda::loss_rows(loss, split.rows(), current_stream()));
@@ -415,7 +426,8 @@ struct Cuda {
 
 // ---------------------------------------------------------------- softmax_loss
 
-// Device::loss returns the loss, () for "mean" and "sum", (N,) for "none". The gradient of the logits goes to d_logits
+// Device::loss returns the loss, () for "mean" and "sum", (N,) for "none". Logits are rows (N, C) or channels-first
+// (B, C, P), of which the N rows are the B * P pixels. The gradient of the logits goes to d_logits
 // where that is defined, for an upstream gradient of the loss's shape, or of one where that is absent.
 
 template <class Device>
@@ -458,6 +470,7 @@ void scale_(const Tensor& gradient, const Tensor& factor) {
 
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> target_and_rest(const Tensor& logits, SPLIT_PARAMETERS) {
+  check_rows(logits);
   const c10::DeviceGuard guard(logits.device());
   const Split split(logits, SPLIT_NAMES);
   const auto vector = [&](bool present) { return empty_result(logits, {present ? split.rows() : 0}); };
@@ -477,6 +490,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> target_and_rest(const Tensor&
 
 template <class Device>
 void split_gradient(const Tensor& logits, const Tensor& d_logits, SPLIT_PARAMETERS, SPLIT_BACKWARD_PARAMETERS) {
+  check_rows(logits);
   const c10::DeviceGuard guard(logits.device());
   Split split(logits, SPLIT_NAMES);
   SplitBackwardArguments backward{};

@@ -28,7 +28,7 @@ _EMULATED_CUDA = os.environ.get("IMBALANCE_KERNELS_EMULATED")  # a library with 
 if _EMULATED_CUDA:
     torch.ops.load_library(_EMULATED_CUDA)
 
-__all__ = ["IMPLEMENTATIONS", "choose", "emulates_cuda", "extension", "show_config", "version"]
+__all__ = ["IMPLEMENTATIONS", "choose", "emulates_cuda", "extension", "serves_planes", "show_config", "version"]
 
 IMPLEMENTATIONS = ("reference", "cpu", "cuda", "triton")
 TRITON_DEVICES = ("cuda", "xpu")  # ROCm's devices are called cuda too
@@ -77,6 +77,11 @@ def _targets_serve(targets: str, major: int, minor: int) -> bool:
         if built < 10 * major + minor and not exact and (generation == major or (kind == "compute" and not family)):
             return True
     return False
+
+
+def serves_planes(impl: str) -> bool:
+    """Return whether an implementation's softmax_loss takes channels-first logits (B, C, P); else it needs rows."""
+    return impl == "reference"
 
 
 def version() -> str:

@@ -18,9 +18,10 @@ struct LossArguments {
   double inverse_divisor;       // of the gradient
   const void* upstream;         // (N,) factor of the gradient, or null
   double z_loss;
-  void* losses;    // (N,) float or double, not divided
-  void* d_logits;  // (N, C), may be the logits themselves; null for the losses alone
-  std::int64_t gradient_stride;
+  void* losses;                  // (N,) float or double, not divided
+  void* d_logits;                // in the logits' shape, may be the logits themselves; null for the losses alone
+  std::int64_t gradient_stride;  // of rows; of images where logits are channels-first
+  std::int64_t gradient_class_stride;
 };
 
 // The kernels of one instruction set, by Dtype; each works on rows [first_row, last_row).

@@ -1,9 +1,11 @@
-"""What every operation checks before anything is written, and the (N, C) layout that kernels see."""
+"""What every operation checks before anything is written, and the layouts that kernels see: rows, or channels-first."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +23,7 @@ __all__ = [
     "check_class_vector",
     "check_cosines",
     "check_inplace",
+    "check_input",
     "check_linear_cosines",
     "check_options",
     "check_range",
@@ -32,10 +35,10 @@ COSINE_TOLERANCE = 0.01  # half-precision cosines may leave [-1, 1] by a roundin
 
 
 class Rows(NamedTuple):
-    """Logits and targets as rows."""
+    """Logits and targets as rows, or as B images of P pixels with channels first, where N is B * P."""
 
-    logits: Tensor  # (N, C), stride(1) == 1
-    target: Tensor  # (N,) int64, or (N, C) class probabilities
+    logits: Tensor  # (N, C) with stride(1) == 1, or (B, C, P) with stride(2) == 1
+    target: Tensor  # (N,) int64, or contiguous class probabilities in the logits' shape
     shape: torch.Size  # of the target's rows, which is the shape of an unreduced loss
     owned: bool  # logits are a copy of the caller's, free to be overwritten
 
@@ -47,8 +50,8 @@ def _check_tensors(**arguments: Any) -> None:
             raise TypeError(f"{name} is a {type(value).__name__}, but it must be a tensor{layer}")
 
 
-def as_rows(input: Tensor, target: Tensor, class_dim: int) -> Rows:
-    """Return input and target as rows, without a copy where the layout allows it."""
+def check_input(input: Tensor, target: Tensor, class_dim: int) -> int:
+    """Check input and target; return the dimension of classes, from 0."""
     _check_tensors(input=input, target=target)
     if type(input).__name__ == "DTensor" or type(target).__name__ == "DTensor":
         raise TypeError(
@@ -67,7 +70,6 @@ def as_rows(input: Tensor, target: Tensor, class_dim: int) -> Rows:
         raise ValueError(f"class_dim is {class_dim}, but input has shape {tuple(input.shape)}")
     if target.device != input.device:
         raise ValueError(f"target is on {target.device}, but input is on {input.device}")
-    classes_last = input.movedim(class_dim, -1)
     if target.is_floating_point():
         if target.shape != input.shape:
             raise ValueError(
@@ -76,25 +78,39 @@ def as_rows(input: Tensor, target: Tensor, class_dim: int) -> Rows:
             )
         if target.requires_grad:
             raise ValueError("target requires grad, but class probabilities are constants: pass target.detach()")
-        rows_of_target = target.movedim(class_dim, -1)
     else:
         if target.dtype not in (torch.int64, torch.int32):
             raise TypeError(
                 f"target has dtype {target.dtype}, but it must be int64 or int32 class indices, or floating point"
             )
-        if target.shape != classes_last.shape[:-1]:
+        if target.shape != input.movedim(class_dim, -1).shape[:-1]:
             raise ValueError(_wrong_target_shape(input, target, class_dim))
-        rows_of_target = target
+    return class_dim % input.dim()
+
+
+def as_rows(input: Tensor, target: Tensor, class_dim: int, planes: bool) -> Rows:
+    """Return a checked input and target as rows; class_dim is from 0.
+
+    There is no copy where the layout allows it, as it is; with `planes` also not where it is channels-first.
+    """
+    classes_last = input.movedim(class_dim, -1)
     shape = classes_last.shape[:-1]
     num_classes = classes_last.shape[-1]
     num_rows = math.prod(shape)
-    logits = classes_last.reshape(num_rows, num_classes)
-    if num_classes > 1 and logits.stride(1) != 1:
-        logits = logits.contiguous()
-    owned = not _is_view(classes_last, logits)
-    if target.is_floating_point():
-        return Rows(logits, rows_of_target.reshape(num_rows, num_classes).contiguous(), shape, owned)
-    return Rows(logits, rows_of_target.reshape(num_rows).to(torch.int64), shape, owned)
+    are_rows = _are_rows(classes_last)
+    sizes: tuple[int, ...]
+    if planes and not are_rows and _are_planes(input, class_dim):
+        sizes = (math.prod(input.shape[:class_dim]), num_classes, math.prod(input.shape[class_dim + 1 :]))
+        logits, owned = input.view(sizes), False
+    else:
+        sizes = (num_rows, num_classes)
+        logits, owned = classes_last.reshape(sizes), not are_rows
+        if owned:
+            logits = logits.contiguous()
+    if not target.is_floating_point():
+        return Rows(logits, target.reshape(num_rows).to(torch.int64), shape, owned)
+    probabilities = target if len(sizes) == 3 else target.movedim(class_dim, -1)
+    return Rows(logits, probabilities.reshape(sizes).contiguous(), shape, owned)
 
 
 def as_linear_rows(input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None) -> Rows:
@@ -257,8 +273,10 @@ def check_cosines(rows: Rows, options: SoftmaxOptions) -> None:
     """
     if rows.target.is_floating_point() or not _may_read_values(rows.logits):
         return
-    targets = RowTargets.of(rows.target, rows.logits.shape[1], options.ignore_index)
-    cosines = rows.logits.detach().gather(1, targets.indices[:, None]).squeeze(1)
+    logits = rows.logits.detach()
+    targets = RowTargets.of(rows.target, logits.shape[1], options.ignore_index)
+    indices = targets.indices.view(logits.shape[0], 1, *logits.shape[2:])
+    cosines = logits.gather(1, indices).reshape(-1)
     _check_range_of_cosines(cosines, targets, "input holds", "before the last product")
 
 
@@ -301,7 +319,8 @@ def check_inplace(input: Tensor, rows: Rows, class_dim: int) -> None:
     """Check that the gradient may take the memory of the logits.
 
     Raises:
-        ValueError: input is, or is a view of, a leaf that requires grad; it cannot be seen as rows; rows share memory.
+        ValueError: input is, or is a view of, a leaf that requires grad; it is not seen as rows without a copy; its
+            elements share memory.
     """
     root = input
     if not torch.compiler.is_compiling() and input._is_view() and input._base is not None:
@@ -312,10 +331,10 @@ def check_inplace(input: Tensor, rows: Rows, class_dim: int) -> None:
         )
     if rows.owned:
         raise ValueError(
-            f"inplace=True needs an input that can be seen as (N, C) rows without a copy, but its shape is "
-            f"{tuple(input.shape)} with strides {input.stride()} and class_dim={class_dim}"
+            f"inplace=True needs an input that can be seen as (N, C) rows, or as (B, C, P) with pixels last, without a "
+            f"copy, but its shape is {tuple(input.shape)} with strides {input.stride()} and class_dim={class_dim}"
         )
-    if rows.logits.shape[0] > 1 and rows.logits.stride(0) < rows.logits.shape[1]:
+    if not _has_memory_of_its_own(rows.logits):
         raise ValueError(f"inplace=True needs rows with memory of their own, but input's strides are {input.stride()}")
 
 
@@ -353,12 +372,45 @@ def _wrong_target_shape(input: Tensor, target: Tensor, class_dim: int) -> str:
     return message
 
 
-def _is_view(base: Tensor, rows: Tensor) -> bool:
-    """Return whether `rows` shares the storage of `base`, which reshape and contiguous decide by the layout."""
-    if not torch.compiler.is_compiling():
-        return rows.numel() == 0 or rows.data_ptr() == base.data_ptr()
-    sizes, strides = base.shape, base.stride()
-    if sizes[-1] > 1 and strides[-1] != 1:
-        return False
-    leading = [(size, stride) for size, stride in zip(sizes[:-1], strides[:-1], strict=True) if size != 1]
-    return all(outer[1] == inner[0] * inner[1] for outer, inner in zip(leading, leading[1:], strict=False))
+def _are_rows(classes_last: Tensor) -> bool:
+    """Return whether (..., C) is seen as (N, C) with a last stride of 1 without a copy."""
+    sizes, strides = classes_last.shape, classes_last.stride()
+    if classes_last.numel() == 0:
+        return True
+    return (sizes[-1] == 1 or strides[-1] == 1) and _flatten(sizes[:-1], strides[:-1])
+
+
+def _are_planes(input: Tensor, class_dim: int) -> bool:
+    """Return whether (..., C, ...) is seen as (B, C, P) with a last stride of 1 without a copy."""
+    sizes, strides = input.shape, input.stride()
+    last = next(
+        (stride for size, stride in zip(sizes[:class_dim:-1], strides[:class_dim:-1], strict=True) if size != 1), 1
+    )
+    images, pixels = slice(class_dim), slice(class_dim + 1, None)
+    return last == 1 and _flatten(sizes[images], strides[images]) and _flatten(sizes[pixels], strides[pixels])
+
+
+def _flatten(sizes: Sequence[int], strides: Sequence[int]) -> bool:
+    """Return whether dimensions are seen as one without a copy. Sizes and strides, since a graph has no addresses."""
+    dimensions = [(size, stride) for size, stride in zip(sizes, strides, strict=True) if size != 1]
+    return all(outer[1] == inner[0] * inner[1] for outer, inner in itertools.pairwise(dimensions))
+
+
+def _has_memory_of_its_own(logits: Tensor) -> bool:
+    """Return whether each element of rows, or of channels-first logits, has an address of its own."""
+    dimensions = list(zip(logits.shape, logits.stride(), strict=True))
+    if logits.dim() == 2:
+        return _nest(dimensions[::-1])
+    images, classes, pixels = dimensions
+    return _nest((pixels, classes, images)) or _nest((pixels, images, classes))
+
+
+def _nest(dimensions: Sequence[tuple[int, int]]) -> bool:
+    """Return whether each dimension (size, stride) steps over all that the dimensions before it span."""
+    span = 1
+    for size, stride in dimensions:
+        if size > 1:
+            if stride < span:
+                return False
+            span += stride * (size - 1)
+    return True

@@ -6,10 +6,14 @@ scales it where the upstream gradient is another number. Without grad the logits
 float16 and ``reduction="none"`` need the upstream gradient first (in float16 a mean's 1/N would underflow before a
 gradient scaler's factor arrives): their forward only reads, and backward runs the same kernel for the gradient, rounded
 once.
+
+Channels-first logits (N, C, d1, ...) are read and written where they are, as B images of P pixels (B, C, P), each pixel
+a row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,12 +22,13 @@ from torch import Tensor
 
 from imbalance_kernels import reference
 from imbalance_kernels.differentiation import anchor, graph_is_kept, once_differentiable, only_once
-from imbalance_kernels.implementation import choose
+from imbalance_kernels.implementation import choose, serves_planes
 from imbalance_kernels.ops.checks import (
     Rows,
     as_rows,
     check_cosines,
     check_inplace,
+    check_input,
     check_options,
     check_range,
     check_row_tensors,
@@ -67,7 +72,8 @@ class _LossAndGradient(torch.autograd.Function):
         if torch.compiler.is_compiling() or graph_is_kept():
             d_logits = d_logits * d_loss
         else:
-            kernels(ctx.impl).scale_(d_logits, d_loss)
+            for rows in _unscaled_rows(d_logits):
+                kernels(ctx.impl).scale_(rows, d_loss)
             d_logits = d_logits.detach()  # a tensor of its own, which .grad can take without a copy
         return d_logits, None, None, None, None, None, None  # anchor, target, sample_weight, normalizer, options, impl
 
@@ -105,21 +111,35 @@ class _LossThenGradient(torch.autograd.Function):
         return d_logits, None, None, None, None, None  # target, sample_weight, normalizer, options, impl
 
 
+def _unscaled_rows(d_logits: Tensor) -> Sequence[Tensor]:
+    """Return a gradient as matrices with a last stride of 1, which is what `scale_` takes."""
+    if d_logits.dim() == 2:
+        return (d_logits,)
+    if d_logits.stride(0) == d_logits.shape[1] * d_logits.stride(1):
+        return (d_logits.view(-1, d_logits.shape[2]),)
+    return d_logits.unbind(0)
+
+
 def prepare(
     input: Tensor,
     target: Tensor,
     options: SoftmaxOptions,
     class_dim: int,
     impl: str | None,
+    planes: bool = False,
 ) -> tuple[Rows, SoftmaxOptions, str]:
-    """Check the arguments of a loss; return its rows, its options on their device, and the implementation."""
-    rows = as_rows(input, target, class_dim)
-    check_options(options, rows.logits.shape[1], target)
+    """Check the arguments of a loss; return its rows, its options on their device, and the implementation.
+
+    With `planes` the logits may be channels-first, where the implementation takes that.
+    """
+    dimension = check_input(input, target, class_dim)
+    check_options(options, input.shape[dimension], target)
     chosen = choose(impl, input)
+    rows = as_rows(input, target, dimension, planes and serves_planes(chosen))
     if options.inplace:
         check_inplace(input, rows, class_dim)
     if chosen != "cpu":
-        check_range(rows, options, rows.logits.shape[1])
+        check_range(rows, options, input.shape[dimension])
     if options.logit_map.cosines:
         check_cosines(rows, options)
     options = options.to(input.device, accumulate_dtype(input.dtype))
@@ -139,7 +159,7 @@ def softmax_loss(
     impl: str | None = None,
 ) -> Tensor:
     """Return the loss of `options`; the public form is imbalance_kernels.functional.softmax_loss."""
-    rows, options, impl = prepare(input, target, options, class_dim, impl)
+    rows, options, impl = prepare(input, target, options, class_dim, impl, planes=True)
     sample_weight, normalizer = check_row_tensors(options, rows, sample_weight, normalizer)
     logits, target = rows.logits, rows.target
     needs_grad = torch.is_grad_enabled() and logits.requires_grad
