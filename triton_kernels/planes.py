@@ -75,9 +75,7 @@ def _target_of(rows, part, place, stride, class_stride):
 
 
 @triton.jit
-def _load(
-    first, rows, part, place, classes, pixels, stride, class_stride, BLOCK: tl.constexpr, EVICTION: tl.constexpr
-):
+def _load(first, rows, part, place, classes, pixels, stride, class_stride, BLOCK: tl.constexpr, EVICTION: tl.constexpr):
     """Load classes from `first` on of Pixels `part`, as a block (ROWS, BLOCK)."""
     columns = first + tl.arange(0, BLOCK)
     inside = columns < classes
