@@ -250,8 +250,10 @@ def constants_of(logits: Tensor, target: Tensor, split: SplitArguments, planes: 
     """Return the constants of a split; what changes nothing is None, which compiles to nothing."""
     check_logits(logits, planes)
     is_class = not target.is_floating_point()
-    if target.shape != ((num_rows_of(logits),) if is_class else logits.shape) or target.device != logits.device:
-        raise ValueError(f"target has shape {tuple(target.shape)} on {target.device}, which does not fit the logits")
+    shape = (num_rows_of(logits),) if is_class else tuple(logits.shape)
+    if target.shape != shape or target.device != logits.device:
+        found = f"{tuple(target.shape)} on {target.device}"
+        raise ValueError(f"target must be of shape {shape} on {logits.device}, but is {found}")
     if is_class:
         target = target.to(torch.int64)
     elif target.dtype != logits.dtype:
