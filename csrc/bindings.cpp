@@ -233,7 +233,11 @@ constexpr int64_t kPixels = 64;  // that one thread takes, since they share cach
 template <class Value>
 double sum_of(int64_t n, const Value& value) {
   double sums[8] = {};
-  for (int64_t i = 0; i < n; ++i) sums[i % 8] += value(i);
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    for (int k = 0; k < 8; ++k) sums[k] += value(i + k);
+  }
+  for (; i < n; ++i) sums[i % 8] += value(i);
   return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
 }
 

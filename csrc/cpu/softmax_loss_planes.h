@@ -96,7 +96,7 @@ class Planes : public ClassMap<S, Bytes> {
       for_blocks([&](int64_t start, int64_t n) IMBALANCE_LAMBDA {
         stage(start, n);
         exclude_targets(start, n);
-        join(n);
+        join(start, n);
       });
       end_split();
       run_row_programs<Bytes>(columns_, count_, options_);
@@ -182,7 +182,6 @@ class Planes : public ClassMap<S, Bytes> {
     }
     for (int64_t i = 0; i < count_; i += L::count) {
       (-M::infinity()).store(columns_.highest + i);
-      L(T(0)).store(columns_.sum + i);
       L(T(0)).store(columns_.shift + i);
       L(T(0)).store(columns_.weighted_logits + i);
       L(T(0)).store(columns_.weight_sum + i);
@@ -212,6 +211,7 @@ class Planes : public ClassMap<S, Bytes> {
     const T class_weight = class_weight_ ? class_weight_[c] : T(1);
     const L multiplier(scale_ * factor);
     const bool circle = target_map_.kind == MarginKind::circle;
+    T *const effective = effective_ + to, *const weights = weights_ + to, *const slopes = slopes_ + to;
     for_packs<L>(n, [&](auto whole, int64_t i, int64_t m, int) IMBALANCE_LAMBDA {
       const L raw = load_pack<L>(whole, x + i, m, T(0));
       auto masked = M::equal(raw, L(-infinity));
@@ -225,9 +225,9 @@ class Planes : public ClassMap<S, Bytes> {
           y = this->bend(std::false_type{}, raw);
           slope = this->slope_of_bend(std::false_type{}, raw);
         }
-        (slope * L(factor)).store(slopes_ + to + i);
+        (slope * L(factor)).store(slopes + i);
       }
-      M::select(masked, raw, y * multiplier + L(bias)).store(effective_ + to + i);
+      M::select(masked, raw, y * multiplier + L(bias)).store(effective + i);
       if constexpr (weighted) {
         if (bias == -infinity) masked = masked | ~masked;
         L u = M::select(masked, L(T(0)), L(class_weight));
@@ -235,7 +235,7 @@ class Planes : public ClassMap<S, Bytes> {
           const int64_t at = (image * classes + c) * arguments.pixels + pixel + i;
           u = this->weight_of(this->load_probabilities(whole, at, m), masked, L(class_weight));
         }
-        u.store(weights_ + to + i);
+        u.store(weights + i);
       }
     });
   }
@@ -243,46 +243,54 @@ class Planes : public ClassMap<S, Bytes> {
   // Takes those targets out of the rest that are among a block's n classes, and maps them.
   IMBALANCE_INLINE void exclude_targets(int64_t start, int64_t n) {
     if (!has_target()) return;
+    const bool weighted = has_weights();
+    const int64_t run = tile_.run;
+    const T *const factor = factor_, scale = scale_;
+    T *const effective = effective_, *const weights = weights_;
     const bool is_mapped = target_map_.kind == MarginKind::additive && target_map_.parameters[0] == 0 &&
                            !class_margin_ && !bends();  // as every class is
     for_images([&](int64_t first, int64_t m, int64_t image, int64_t pixel) IMBALANCE_LAMBDA {
+      const int64_t* const targets = arguments.target + first_;
       for (int64_t i = first; i < first + m; ++i) {
-        const int64_t target = arguments.target[first_ + i], j = target - start;
+        const int64_t target = targets[i], j = target - start;
         if (j < 0 || j >= n) continue;
-        const int64_t at = j * tile_.run + i;
+        const int64_t at = j * run + i;
         if (is_mapped) {
-          columns_.target[i] = effective_[at];
-          columns_.target_slope[i] = factor_ ? scale_ * factor_[target] : scale_;
+          columns_.target[i] = effective[at];
+          columns_.target_slope[i] = factor ? scale * factor[target] : scale;
         } else {
           const TargetLogit<T> mapped = this->target_logit(number_of(logits(image, target, pixel + i - first)), target);
           columns_.target[i] = mapped.value;
           columns_.target_slope[i] = mapped.slope;
         }
-        effective_[at] = -std::numeric_limits<T>::infinity();
-        if (has_weights()) weights_[at] = 0;
+        effective[at] = -std::numeric_limits<T>::infinity();
+        if (weighted) weights[at] = 0;
       }
     });
   }
 
   // Adds a block of n classes to what is known of the rest; of a tile with one block the exponentials are kept.
-  IMBALANCE_INLINE void join(int64_t n) {
+  IMBALANCE_INLINE void join(int64_t start, int64_t n) {
     with_constant(has_weights(), [&](auto weighted) IMBALANCE_LAMBDA {
       with_constant(n == classes && loss_.d_logits, [&](auto kept) IMBALANCE_LAMBDA {
-        outline<false>([=, this]() IMBALANCE_LAMBDA { join_packs(weighted, kept, n); });
+        outline<false>([=, this]() IMBALANCE_LAMBDA { join_packs(weighted, kept, start, n); });
       });
     });
   }
 
   template <bool weighted, bool kept>
-  IMBALANCE_INLINE void join_packs(std::bool_constant<weighted>, std::bool_constant<kept>, int64_t n) {
+  IMBALANCE_INLINE void join_packs(std::bool_constant<weighted>, std::bool_constant<kept>, int64_t start, int64_t n) {
     const int64_t image = first_ / arguments.pixels, pixel = first_ % arguments.pixels;
     const S* const next = logits(image, 0, pixel + count_);  // fetched while this loop computes and waits for nothing
-    for (int64_t i = 0; i < count_; i += L::count) {
-      T* const z = effective_ + i;
+    const int64_t run = tile_.run, class_stride = arguments.class_stride, count = count_;
+    const bool first_block = start == 0;
+    for (int64_t i = 0; i < count; i += L::count) {
+      T *const z = effective_ + i, *const weights = weights_ + i;
+      const S* const fetched = next + i;
       const L before = L::load(columns_.highest + i);
       L highest_of[4] = {before, before, before, before};
-      for_classes(n, [&](int64_t j, int a)
-                         IMBALANCE_LAMBDA { highest_of[a] = maximum(highest_of[a], L::load(z + j * tile_.run)); });
+      for_classes(
+          n, [&](int64_t j, int a) IMBALANCE_LAMBDA { highest_of[a] = maximum(highest_of[a], L::load(z + j * run)); });
       const L highest = maximum(maximum(highest_of[0], highest_of[1]), maximum(highest_of[2], highest_of[3]));
       const L shift = M::select(M::equal(highest, -M::infinity()), L(T(0)), highest);
       if constexpr (weighted) {
@@ -290,21 +298,23 @@ class Planes : public ClassMap<S, Bytes> {
         L relative_sums[4] = {L::load(columns_.weighted_logits + i) + moved * weight_sum, L(T(0)), L(T(0)), L(T(0))};
         L weight_sums[4] = {weight_sum, L(T(0)), L(T(0)), L(T(0))};
         for_classes(n, [&](int64_t j, int a) IMBALANCE_LAMBDA {
-          const L u = L::load(weights_ + j * tile_.run + i), relative = L::load(z + j * tile_.run) - shift;
+          const L u = L::load(weights + j * run), relative = L::load(z + j * run) - shift;
           relative_sums[a] = relative_sums[a] + M::select(M::equal(u, L(T(0))), L(T(0)), u * relative);
           weight_sums[a] = weight_sums[a] + u;
         });
         sum_of_four(relative_sums).store(columns_.weighted_logits + i);
         sum_of_four(weight_sums).store(columns_.weight_sum + i);
       }
-      const L grown = M::exp_nonpositive(before - highest);
-      L sums[4] = {L::load(columns_.sum + i) * M::select(M::equal(before, highest), L(T(1)), grown), L(T(0)), L(T(0)),
-                   L(T(0))};
+      L sums[4] = {L(T(0)), L(T(0)), L(T(0)), L(T(0))};
+      if (!first_block) {
+        const L grown = M::exp_nonpositive(before - highest);
+        sums[0] = L::load(columns_.sum + i) * M::select(M::equal(before, highest), L(T(1)), grown);
+      }
       for_classes(n, [&](int64_t j, int a) IMBALANCE_LAMBDA {
-        __builtin_prefetch(next + j * arguments.class_stride + i);
-        const L exponential = M::exp_nonpositive(L::load(z + j * tile_.run) - shift);
+        __builtin_prefetch(fetched + j * class_stride);
+        const L exponential = M::exp_nonpositive(L::load(z + j * run) - shift);
         sums[a] = sums[a] + exponential;
-        if constexpr (kept) exponential.store(z + j * tile_.run);
+        if constexpr (kept) exponential.store(z + j * run);
       });
       sum_of_four(sums).store(columns_.sum + i);
       highest.store(columns_.highest + i);
@@ -350,12 +360,12 @@ class Planes : public ClassMap<S, Bytes> {
   // The second sweep's exponentials, where the first could not keep them.
   IMBALANCE_INLINE void exponentiate(int64_t n) const {
     outline<false>([=, this]() IMBALANCE_LAMBDA {
-      for (int64_t i = 0; i < count_; i += L::count) {
+      const int64_t run = tile_.run, count = count_;
+      for (int64_t i = 0; i < count; i += L::count) {
         const L shift = L::load(columns_.shift + i);
-        for (int64_t j = 0; j < n; ++j) {
-          T* const z = effective_ + j * tile_.run + i;
-          M::exp_nonpositive(L::load(z) - shift).store(z);
-        }
+        T* const z = effective_ + i;
+        for_classes(n, [&](int64_t j, int)
+                           IMBALANCE_LAMBDA { M::exp_nonpositive(L::load(z + j * run) - shift).store(z + j * run); });
       }
     });
   }
@@ -365,27 +375,36 @@ class Planes : public ClassMap<S, Bytes> {
     for_images([&](int64_t i, int64_t m, int64_t image, int64_t pixel) IMBALANCE_LAMBDA {
       with_constant(any_ignored_, [&](auto some) IMBALANCE_LAMBDA {
         with_constant(has_weights(), [&](auto weighted) IMBALANCE_LAMBDA {
-          outline<false>([=, this]() IMBALANCE_LAMBDA {
-            for (int64_t j = 0; j < n; ++j) {
-              spread_run(some, weighted, start + j, j * tile_.run, i, m, d_logits(image, start + j, pixel));
-            }
+          with_constant(bends(), [&](auto bent) IMBALANCE_LAMBDA {
+            outline<false>([=, this]() IMBALANCE_LAMBDA {
+              for (int64_t j = 0; j < n; ++j) {
+                S* const d = d_logits(image, start + j, pixel);
+                spread_run(some, weighted, bent, factor_ ? factor_[start + j] : T(1), j * tile_.run + i, i, m, d);
+              }
+            });
           });
         });
       });
     });
   }
 
-  template <bool some_ignored, bool weighted>
-  IMBALANCE_INLINE void spread_run(std::bool_constant<some_ignored>, std::bool_constant<weighted>, int64_t c,
-                                   int64_t from, int64_t first, int64_t n, S* d) const {
-    const L factor(factor_ ? factor_[c] : T(1));
-    const bool bent = bends();
+  // One class's run of n pixels, from scratch at `from` and the tile's pixel `first` on.
+  template <bool some_ignored, bool weighted, bool bent>
+  IMBALANCE_INLINE void spread_run(std::bool_constant<some_ignored>, std::bool_constant<weighted>,
+                                   std::bool_constant<bent>, T factor, int64_t from, int64_t first, int64_t n,
+                                   S* d) const {
+    const T *const exponentials = effective_ + from, *const weights = weights_ + from, *const slopes = slopes_ + from;
+    const T *const d_rest = columns_.d_rest + first, *const d_weights = columns_.d_weights + first;
+    const T* const counts = columns_.counts + first;
     for_packs<L>(n, [&](auto whole, int64_t i, int64_t m, int) IMBALANCE_LAMBDA {
-      const int64_t at = first + i;
-      L x = L::load(effective_ + from + at) * L::load(columns_.d_rest + at);
-      if constexpr (weighted) x = x - L::load(weights_ + from + at) * L::load(columns_.d_weights + at);
-      x = x * (bent ? L::load(slopes_ + from + at) : factor);
-      if constexpr (some_ignored) x = M::select(M::equal(L::load(columns_.counts + at), L(T(0))), L(T(0)), x);
+      L x = L::load(exponentials + i) * L::load(d_rest + i);
+      if constexpr (weighted) x = x - L::load(weights + i) * L::load(d_weights + i);
+      if constexpr (bent) {
+        x = x * L::load(slopes + i);
+      } else {
+        x = x * L(factor);
+      }
+      if constexpr (some_ignored) x = M::select(M::equal(L::load(counts + i), L(T(0))), L(T(0)), x);
       store_pack(whole, d + i, m, x);
     });
   }
@@ -394,9 +413,12 @@ class Planes : public ClassMap<S, Bytes> {
     if (!has_target()) return;
     S stored[PixelColumns<T>::size];
     for (int64_t i = 0; i < count_; i += L::count) store<L>(stored + i, L::load(columns_.d_target + i));
+    const int64_t class_stride = loss_.gradient_class_stride, ignore_index = arguments.ignore_index;
     for_images([&](int64_t first, int64_t m, int64_t image, int64_t pixel) IMBALANCE_LAMBDA {
-      for (int64_t i = first; i < first + m; ++i) {
-        if (!ignored(i)) *d_logits(image, arguments.target[first_ + i], pixel + i - first) = stored[i];
+      const int64_t* const targets = arguments.target + first_ + first;
+      S* const d = d_logits(image, 0, pixel);
+      for (int64_t i = 0; i < m; ++i) {
+        if (targets[i] != ignore_index) d[targets[i] * class_stride + i] = stored[first + i];
       }
     });
   }
