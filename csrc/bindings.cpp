@@ -226,28 +226,29 @@ LossArguments loss_arguments(Split& split, const Tensor& d_logits, LOSS_PARAMETE
 
 constexpr int64_t kHugePage = 2 << 20;
 constexpr int64_t kGrain = 16384;  // logits that are worth a thread
+constexpr int64_t kTargetGrain = 65536;
+constexpr int64_t kPixels = 64;  // that one thread takes, since they share cache lines
 
 // The sum of value(i) for i < n in double, in an order that depends on n alone.
 template <class Value>
 double sum_of(int64_t n, const Value& value) {
   double sums[8] = {};
-  for (int64_t i = 0; i < n; ++i) sums[i % 8] += value(i);
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    for (int k = 0; k < 8; ++k) sums[k] += value(i + k);
+  }
+  for (; i < n; ++i) sums[i % 8] += value(i);
   return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
 }
 
-// The mean's divisor: the sum of sample weight * class weight over rows that count.
+// The mean's divisor: the sum of sample weight * class weight over rows that count, of which there are `valid`.
 template <class T>
-double divisor_of(const cpu::LossArguments& loss, int64_t rows) {
+double divisor_of(const cpu::LossArguments& loss, int64_t rows, int64_t valid) {
   const auto* sample_weight = static_cast<const T*>(loss.sample_weight);
   const auto* class_weight = static_cast<const T*>(loss.split.class_weight);
   const int64_t* target = loss.split.target;
   const int64_t ignore_index = loss.split.ignore_index;
-  if (target == nullptr && sample_weight == nullptr) return static_cast<double>(rows);
-  if (class_weight == nullptr && sample_weight == nullptr) {
-    int64_t valid = 0;
-    for (int64_t row = 0; row < rows; ++row) valid += target[row] != ignore_index;
-    return static_cast<double>(valid);
-  }
+  if (sample_weight == nullptr && (target == nullptr || class_weight == nullptr)) return static_cast<double>(valid);
   return sum_of(rows, [&](int64_t row) {
     if (target != nullptr && target[row] == ignore_index) return 0.0;
     const double weight = sample_weight != nullptr ? sample_weight[row] : 1.0;
@@ -271,19 +272,26 @@ struct Cpu {
     return gradient;
   }
 
-  static void check_targets(const Split& split) {
+  // Returns how many rows count.
+  static int64_t check_targets(const Split& split) {
     const SplitArguments& arguments = split.arguments;
-    if (arguments.target == nullptr) return;
-    const auto outside = [&arguments](int64_t row) {
-      const int64_t target = arguments.target[row];
-      return (target < 0 || target >= arguments.classes) && target != arguments.ignore_index;
+    if (arguments.target == nullptr) return split.rows();
+    const auto count = [&arguments](int64_t first, int64_t last, cpu::TargetCounts before) {
+      const cpu::TargetCounts counts = cpu::kernels()->count_targets(arguments, first, last);
+      return cpu::TargetCounts{before.classes + counts.classes, before.outside + counts.outside};
     };
-    bool any = false;
-    for (int64_t row = 0; row < split.rows(); ++row) any |= outside(row);
-    for (int64_t row = 0; any && row < split.rows(); ++row) {
-      TORCH_CHECK_INDEX(!outside(row), "target ", arguments.target[row], " is out of bounds: it must be in [0, ",
-                        arguments.classes, ") or ignore_index=", arguments.ignore_index);
+    const auto add = [](cpu::TargetCounts a, cpu::TargetCounts b) {
+      return cpu::TargetCounts{a.classes + b.classes, a.outside + b.outside};
+    };
+    const auto counts = at::parallel_reduce(0, split.rows(), kTargetGrain, cpu::TargetCounts{0, 0}, count, add);
+    for (int64_t row = 0; counts.outside > 0 && row < split.rows(); ++row) {
+      const int64_t target = arguments.target[row];
+      const bool inside = target >= 0 && target < arguments.classes;
+      TORCH_CHECK_INDEX(inside || target == arguments.ignore_index, "target ", target,
+                        " is out of bounds: it must be in [0, ", arguments.classes,
+                        ") or ignore_index=", arguments.ignore_index);
     }
+    return counts.classes;
   }
 
   // Calls body(first_row, last_row, scratch) over all rows, from torch's threads.
@@ -292,25 +300,26 @@ struct Cpu {
     const int64_t bytes = (static_cast<int64_t>(cpu::kernels()->scratch_bytes(split.arguments)) + 63) / 64 * 64;
     const Tensor scratch = at::empty({at::get_num_threads() * bytes}, at::kByte);
     uint8_t* const memory = scratch.mutable_data_ptr<uint8_t>();
-    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, split.arguments.classes));
-    at::parallel_for(0, split.rows(), grain,
-                     [&](int64_t first, int64_t last) { body(first, last, memory + at::get_thread_num() * bytes); });
+    const int64_t unit = split.arguments.pixels > 0 ? kPixels : 1, rows = split.rows();
+    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, unit * split.arguments.classes));
+    at::parallel_for(0, (rows + unit - 1) / unit, grain, [&](int64_t first, int64_t last) {
+      body(first * unit, std::min(last * unit, rows), memory + at::get_thread_num() * bytes);
+    });
   }
 
   template <class T>
   static Tensor loss_in(const Tensor& logits, const Tensor& d_logits, const OptionalTensor& upstream, SPLIT_PARAMETERS,
                         LOSS_PARAMETERS) {
     Split split(logits, SPLIT_NAMES);
-    TORCH_CHECK_NOT_IMPLEMENTED(logits.dim() == 2, "channels-first logits have no CPU kernel");
     auto loss = loss_arguments<cpu::LossArguments>(split, d_logits, LOSS_NAMES);
     const bool reduced = reduction != "none";
     if (upstream && !reduced) loss.upstream = split.row_vector("upstream", upstream);
-    check_targets(split);
+    const int64_t valid = check_targets(split);
     double divisor = 1;
     if (normalizer) {
       divisor = normalizer->item<double>();
     } else if (reduction == "mean") {
-      divisor = divisor_of<T>(loss, split.rows());
+      divisor = divisor_of<T>(loss, split.rows(), valid);
     }
     if (normalizer && divisor == 0) {  // gives 0, whatever the rows hold
       if (d_logits.defined()) d_logits.zero_();

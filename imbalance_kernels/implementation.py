@@ -81,7 +81,7 @@ def _targets_serve(targets: str, major: int, minor: int) -> bool:
 
 def serves_planes(impl: str) -> bool:
     """Return whether an implementation's softmax_loss takes channels-first logits (B, C, P); else it needs rows."""
-    return impl in ("reference", "cuda", "triton")
+    return impl in IMPLEMENTATIONS
 
 
 def version() -> str:

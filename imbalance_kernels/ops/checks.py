@@ -95,22 +95,26 @@ def as_rows(input: Tensor, target: Tensor, class_dim: int, planes: bool) -> Rows
     """
     classes_last = input.movedim(class_dim, -1)
     shape = classes_last.shape[:-1]
-    num_classes = classes_last.shape[-1]
-    num_rows = math.prod(shape)
     are_rows = _are_rows(classes_last)
-    sizes: tuple[int, ...]
-    if planes and not are_rows and _are_planes(input, class_dim):
-        sizes = (math.prod(input.shape[:class_dim]), num_classes, math.prod(input.shape[class_dim + 1 :]))
-        logits, owned = input.view(sizes), False
-    else:
-        sizes = (num_rows, num_classes)
-        logits, owned = classes_last.reshape(sizes), not are_rows
-        if owned:
-            logits = logits.contiguous()
-    if not target.is_floating_point():
-        return Rows(logits, target.reshape(num_rows).to(torch.int64), shape, owned)
-    probabilities = target if len(sizes) == 3 else target.movedim(class_dim, -1)
-    return Rows(logits, probabilities.reshape(sizes).contiguous(), shape, owned)
+    arrange = _as_planes if planes and not are_rows and _are_planes(input, class_dim) else _as_rows
+    logits = arrange(input, class_dim)
+    owned = arrange is _as_rows and not are_rows
+    logits = logits.contiguous() if owned else logits
+    if target.is_floating_point():
+        return Rows(logits, arrange(target, class_dim).contiguous(), shape, owned)
+    return Rows(logits, target.reshape(-1).to(torch.int64), shape, owned)
+
+
+def _as_rows(x: Tensor, class_dim: int) -> Tensor:  # (N, C)
+    classes_last = x.movedim(class_dim, -1)
+    return classes_last.reshape(math.prod(classes_last.shape[:-1]), x.shape[class_dim])
+
+
+def _as_planes(x: Tensor, class_dim: int) -> Tensor:  # (B, C, P)
+    images, pixels = math.prod(x.shape[:class_dim]), math.prod(x.shape[class_dim + 1 :])
+    if pixels == 1:  # as one image, of as many pixels
+        return x.movedim(class_dim, 0).reshape(1, x.shape[class_dim], images)
+    return x.reshape(images, x.shape[class_dim], pixels)
 
 
 def as_linear_rows(input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None) -> Rows:
@@ -374,25 +378,23 @@ def _wrong_target_shape(input: Tensor, target: Tensor, class_dim: int) -> str:
 
 def _are_rows(classes_last: Tensor) -> bool:
     """Return whether (..., C) is seen as (N, C) with a last stride of 1 without a copy."""
-    sizes, strides = classes_last.shape, classes_last.stride()
-    if classes_last.numel() == 0:
-        return True
-    return (sizes[-1] == 1 or strides[-1] == 1) and _flatten(sizes[:-1], strides[:-1])
+    *rows, (num_classes, stride) = zip(classes_last.shape, classes_last.stride(), strict=True)
+    return classes_last.numel() == 0 or ((num_classes == 1 or stride == 1) and _flatten(rows))
 
 
 def _are_planes(input: Tensor, class_dim: int) -> bool:
     """Return whether (..., C, ...) is seen as (B, C, P) with a last stride of 1 without a copy."""
-    sizes, strides = input.shape, input.stride()
-    last = next(
-        (stride for size, stride in zip(sizes[:class_dim:-1], strides[:class_dim:-1], strict=True) if size != 1), 1
-    )
-    images, pixels = slice(class_dim), slice(class_dim + 1, None)
-    return last == 1 and _flatten(sizes[images], strides[images]) and _flatten(sizes[pixels], strides[pixels])
+    dimensions = list(zip(input.shape, input.stride(), strict=True))
+    images, pixels = dimensions[:class_dim], dimensions[class_dim + 1 :]
+    if all(size == 1 for size, _ in pixels):
+        images, pixels = [], images
+    last = next((stride for size, stride in reversed(pixels) if size != 1), 1)
+    return last == 1 and _flatten(images) and _flatten(pixels)
 
 
-def _flatten(sizes: Sequence[int], strides: Sequence[int]) -> bool:
-    """Return whether dimensions are seen as one without a copy. Sizes and strides, since a graph has no addresses."""
-    dimensions = [(size, stride) for size, stride in zip(sizes, strides, strict=True) if size != 1]
+def _flatten(dimensions: Sequence[tuple[int, int]]) -> bool:
+    """Return whether dimensions (size, stride) are seen as one without a copy: graphs have no addresses."""
+    dimensions = [dimension for dimension in dimensions if dimension[0] != 1]
     return all(outer[1] == inner[0] * inner[1] for outer, inner in itertools.pairwise(dimensions))
 
 
