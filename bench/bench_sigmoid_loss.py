@@ -28,7 +28,6 @@ from results import Run, machine
 from timing import Measurement, measure, peak_bytes
 from torch import Tensor
 
-import imbalance_kernels as ik
 from imbalance_kernels.binary_objectives import BINARY_REGISTRY
 from imbalance_kernels.functional import focal_loss, sigmoid_focal_loss, sigmoid_loss
 
@@ -318,7 +317,8 @@ def time_objectives(problem: Problem, arguments: argparse.Namespace) -> Result:
     """Every objective in place beside focal loss with gamma 2; and powers that are products, a root, and neither."""
     result = Result(problem.name + ", every objective")
     objectives = {"focal, gamma 2": BINARY_REGISTRY["focal"](2.0)}
-    objectives |= {f"focal, gamma {gamma:g}": BINARY_REGISTRY["focal"](gamma) for gamma in (0.0, 0.5, 1.0, 3.0, 5.0, 1.7)}
+    gammas = (0.0, 0.5, 1.0, 3.0, 5.0, 1.7)
+    objectives |= {f"focal, gamma {gamma:g}": BINARY_REGISTRY["focal"](gamma) for gamma in gammas}
     objectives |= {name: objective() for name, objective in BINARY_REGISTRY.items() if name != "focal"}
 
     def candidate(name: str) -> Candidate:

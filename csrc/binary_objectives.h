@@ -1,5 +1,5 @@
-// Losses of one logit x with a label y in [0, 1]: what it costs as a positive, V+, and as a negative, V-, with slopes in
-// x.
+// Losses of one logit x with a label y in [0, 1]: what it costs as a positive, V+, and as a negative, V-, with slopes
+// in x.
 //
 //     loss = positive_weight y V+(x, y) + negative_weight (1 - y) V-(x, y)
 //
@@ -30,8 +30,8 @@ enum class BinaryObjectiveKind : int {
 
 // BINARY_REGISTRY's names, in the order of BinaryObjectiveKind.
 inline constexpr const char* kBinaryObjectiveNames[] = {
-    "cross_entropy", "focal", "hard_truncation", "soft_truncation", "poly",      "poly_focal",
-    "gce",           "smooth_accuracy", "token_scaled", "quality_focal", "varifocal", "asymmetric",
+    "cross_entropy", "focal",           "hard_truncation", "soft_truncation", "poly",      "poly_focal",
+    "gce",           "smooth_accuracy", "token_scaled",    "quality_focal",   "varifocal", "asymmetric",
 };
 
 template <class Number>
@@ -102,7 +102,8 @@ IMBALANCE_INLINE Sides<Number> quality_focal_sides(const Truth<Number>& t, Numbe
   missed.log_n = M::log(size);
   const Number power = missed.n_power(less_one(beta));  // |y - p|^(beta - 1)
   const Number variance = t.p * t.n;
-  const Number pull = M::select(M::equal(variance, Number(0)), Number(0), number_of<Number>(beta) * (variance * base.value));
+  const Number pull =
+      M::select(M::equal(variance, Number(0)), Number(0), number_of<Number>(beta) * (variance * base.value));
   const Number signed_pull = M::select(below, -pull, M::select(M::equal(miss, Number(0)), Number(0), pull));
   const ValueAndSlope<Number> both{power * size * base.value, power * (size * miss + signed_pull)};
   return {both, both};

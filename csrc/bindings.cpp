@@ -77,6 +77,12 @@ void check_rows(const Tensor& logits) {
   TORCH_CHECK_VALUE(logits.dim() == 2 && (logits.size(1) <= 1 || logits.stride(1) == 1), "logits must be (N, C) rows");
 }
 
+// Of a loss: rows, or channels-first.
+void check_logits(const Tensor& logits) {
+  if (logits.dim() != 3) return check_rows(logits);
+  TORCH_CHECK_VALUE(logits.size(2) <= 1 || logits.stride(2) == 1, "channels-first logits must be (B, C, P) of pixels");
+}
+
 void check_device(const char* name, const Tensor& tensor, const Tensor& logits) {
   TORCH_CHECK_VALUE(tensor.device() == logits.device(), name, " is on ", tensor.device(), ", but logits are on ",
                     logits.device());
@@ -108,11 +114,15 @@ class Split {
   SplitArguments arguments{};
 
   Split(const Tensor& logits, SPLIT_PARAMETERS) : logits_(logits) {
-    check_rows(logits);
+    check_logits(logits);
     arguments.dtype = dtype_of(logits);
     arguments.classes = logits.size(1);
     arguments.logits = logits.const_data_ptr();
     arguments.row_stride = logits.stride(0);
+    if (logits.dim() == 3) {
+      arguments.pixels = logits.size(2);
+      arguments.class_stride = logits.stride(1);
+    }
     check_device("target", target, logits);
     if (at::isFloatingType(target.scalar_type())) {
       TORCH_CHECK_VALUE(target.sizes() == logits.sizes(), "class probabilities must have the logits' shape");
@@ -120,7 +130,7 @@ class Split {
       const Tensor usable = arguments.probabilities_are_logits_dtype ? target : target.to(accumulate_type(logits));
       arguments.probabilities = keep(usable).const_data_ptr();
     } else {
-      TORCH_CHECK_VALUE(target.dim() == 1 && target.size(0) == logits.size(0), "target must be (N,)");
+      TORCH_CHECK_VALUE(target.dim() == 1 && target.size(0) == rows(), "target must be (N,)");
       arguments.target = keep(target.to(at::kLong)).const_data_ptr<int64_t>();
     }
     arguments.ignore_index = ignore_index;
@@ -152,7 +162,7 @@ class Split {
     return scalar ? keep(number(name, *scalar, logits_)).const_data_ptr() : nullptr;
   }
 
-  int64_t rows() const { return logits_.size(0); }
+  int64_t rows() const { return logits_.dim() == 3 ? logits_.size(0) * logits_.size(2) : logits_.size(0); }
   bool has_weights() const { return arguments.target == nullptr || arguments.label_smoothing > 0; }
 
  private:
@@ -208,13 +218,14 @@ LossArguments loss_arguments(Split& split, const Tensor& d_logits, LOSS_PARAMETE
   if (d_logits.defined()) {
     loss.d_logits = d_logits.mutable_data_ptr();
     loss.gradient_stride = d_logits.stride(0);
+    loss.gradient_class_stride = d_logits.stride(1);
   }
   return loss;
 }
 
-#define SIGMOID_SCHEMA                                                                                         \
-  "Tensor target, str objective, float[] objective_parameters, Tensor? class_parameter, float positive, "      \
-  "float negative, Tensor? positive_weight, Tensor? negative_weight, Tensor? bias, Tensor? sample_weight, "    \
+#define SIGMOID_SCHEMA                                                                                      \
+  "Tensor target, str objective, float[] objective_parameters, Tensor? class_parameter, float positive, "   \
+  "float negative, Tensor? positive_weight, Tensor? negative_weight, Tensor? bias, Tensor? sample_weight, " \
   "Tensor? normalizer, int ignore_index, str reduction"
 #define SIGMOID_PARAMETERS                                                                                            \
   const Tensor &target, std::string_view objective, at::ArrayRef<double> objective_parameters,                        \
@@ -329,28 +340,29 @@ class Labelled {
 
 constexpr int64_t kHugePage = 2 << 20;
 constexpr int64_t kGrain = 16384;  // logits that are worth a thread
+constexpr int64_t kTargetGrain = 65536;
+constexpr int64_t kPixels = 64;  // that one thread takes, since they share cache lines
 
 // The sum of value(i) for i < n in double, in an order that depends on n alone.
 template <class Value>
 double sum_of(int64_t n, const Value& value) {
   double sums[8] = {};
-  for (int64_t i = 0; i < n; ++i) sums[i % 8] += value(i);
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    for (int k = 0; k < 8; ++k) sums[k] += value(i + k);
+  }
+  for (; i < n; ++i) sums[i % 8] += value(i);
   return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
 }
 
-// The mean's divisor: the sum of sample weight * class weight over rows that count.
+// The mean's divisor: the sum of sample weight * class weight over rows that count, of which there are `valid`.
 template <class T>
-double divisor_of(const cpu::LossArguments& loss, int64_t rows) {
+double divisor_of(const cpu::LossArguments& loss, int64_t rows, int64_t valid) {
   const auto* sample_weight = static_cast<const T*>(loss.sample_weight);
   const auto* class_weight = static_cast<const T*>(loss.split.class_weight);
   const int64_t* target = loss.split.target;
   const int64_t ignore_index = loss.split.ignore_index;
-  if (target == nullptr && sample_weight == nullptr) return static_cast<double>(rows);
-  if (class_weight == nullptr && sample_weight == nullptr) {
-    int64_t valid = 0;
-    for (int64_t row = 0; row < rows; ++row) valid += target[row] != ignore_index;
-    return static_cast<double>(valid);
-  }
+  if (sample_weight == nullptr && (target == nullptr || class_weight == nullptr)) return static_cast<double>(valid);
   return sum_of(rows, [&](int64_t row) {
     if (target != nullptr && target[row] == ignore_index) return 0.0;
     const double weight = sample_weight != nullptr ? sample_weight[row] : 1.0;
@@ -374,19 +386,26 @@ struct Cpu {
     return gradient;
   }
 
-  static void check_targets(const Split& split) {
+  // Returns how many rows count.
+  static int64_t check_targets(const Split& split) {
     const SplitArguments& arguments = split.arguments;
-    if (arguments.target == nullptr) return;
-    const auto outside = [&arguments](int64_t row) {
-      const int64_t target = arguments.target[row];
-      return (target < 0 || target >= arguments.classes) && target != arguments.ignore_index;
+    if (arguments.target == nullptr) return split.rows();
+    const auto count = [&arguments](int64_t first, int64_t last, cpu::TargetCounts before) {
+      const cpu::TargetCounts counts = cpu::kernels()->count_targets(arguments, first, last);
+      return cpu::TargetCounts{before.classes + counts.classes, before.outside + counts.outside};
     };
-    bool any = false;
-    for (int64_t row = 0; row < split.rows(); ++row) any |= outside(row);
-    for (int64_t row = 0; any && row < split.rows(); ++row) {
-      TORCH_CHECK_INDEX(!outside(row), "target ", arguments.target[row], " is out of bounds: it must be in [0, ",
-                        arguments.classes, ") or ignore_index=", arguments.ignore_index);
+    const auto add = [](cpu::TargetCounts a, cpu::TargetCounts b) {
+      return cpu::TargetCounts{a.classes + b.classes, a.outside + b.outside};
+    };
+    const auto counts = at::parallel_reduce(0, split.rows(), kTargetGrain, cpu::TargetCounts{0, 0}, count, add);
+    for (int64_t row = 0; counts.outside > 0 && row < split.rows(); ++row) {
+      const int64_t target = arguments.target[row];
+      const bool inside = target >= 0 && target < arguments.classes;
+      TORCH_CHECK_INDEX(inside || target == arguments.ignore_index, "target ", target,
+                        " is out of bounds: it must be in [0, ", arguments.classes,
+                        ") or ignore_index=", arguments.ignore_index);
     }
+    return counts.classes;
   }
 
   // Calls body(first_row, last_row, scratch) over all rows, from torch's threads.
@@ -395,9 +414,11 @@ struct Cpu {
     const int64_t bytes = (static_cast<int64_t>(cpu::kernels()->scratch_bytes(split.arguments)) + 63) / 64 * 64;
     const Tensor scratch = at::empty({at::get_num_threads() * bytes}, at::kByte);
     uint8_t* const memory = scratch.mutable_data_ptr<uint8_t>();
-    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, split.arguments.classes));
-    at::parallel_for(0, split.rows(), grain,
-                     [&](int64_t first, int64_t last) { body(first, last, memory + at::get_thread_num() * bytes); });
+    const int64_t unit = split.arguments.pixels > 0 ? kPixels : 1, rows = split.rows();
+    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, unit * split.arguments.classes));
+    at::parallel_for(0, (rows + unit - 1) / unit, grain, [&](int64_t first, int64_t last) {
+      body(first * unit, std::min(last * unit, rows), memory + at::get_thread_num() * bytes);
+    });
   }
 
   template <class T>
@@ -407,12 +428,12 @@ struct Cpu {
     auto loss = loss_arguments<cpu::LossArguments>(split, d_logits, LOSS_NAMES);
     const bool reduced = reduction != "none";
     if (upstream && !reduced) loss.upstream = split.row_vector("upstream", upstream);
-    check_targets(split);
+    const int64_t valid = check_targets(split);
     double divisor = 1;
     if (normalizer) {
       divisor = normalizer->item<double>();
     } else if (reduction == "mean") {
-      divisor = divisor_of<T>(loss, split.rows());
+      divisor = divisor_of<T>(loss, split.rows(), valid);
     }
     if (normalizer && divisor == 0) {  // gives 0, whatever the rows hold
       if (d_logits.defined()) d_logits.zero_();
@@ -540,8 +561,7 @@ struct Cuda {
     return result;
   }
 
-  static Tensor mean_divisor(const Tensor& logits, const cuda::LossArguments& loss) {
-    const int64_t rows = logits.size(0);
+  static Tensor mean_divisor(const Tensor& logits, int64_t rows, const cuda::LossArguments& loss) {
     const Tensor sums = empty_result(logits, {rows == 0 ? 0 : cuda::partial_sums(rows)});
     check_launch(cuda::weight_sums(loss, rows, sums.mutable_data_ptr(), current_stream()));
     return sums.numel() == 1 ? sums : sum(sums, {});
@@ -563,7 +583,7 @@ struct Cuda {
       loss.losses = losses.mutable_data_ptr();
     }
     if (reduction == "mean" && !normalizer) {
-      divisor = mean_divisor(logits, loss);
+      divisor = mean_divisor(logits, split.rows(), loss);
       loss.divisor = divisor.const_data_ptr();
     }
     check_launch(cuda::loss_rows(loss, split.rows(), current_stream()));
@@ -593,7 +613,8 @@ struct Cuda {
 
 // ---------------------------------------------------------------- softmax_loss
 
-// Device::loss returns the loss, () for "mean" and "sum", (N,) for "none". The gradient of the logits goes to d_logits
+// Device::loss returns the loss, () for "mean" and "sum", (N,) for "none". Logits are rows (N, C) or channels-first
+// (B, C, P), of which the N rows are the B * P pixels. The gradient of the logits goes to d_logits
 // where that is defined, for an upstream gradient of the loss's shape, or of one where that is absent.
 
 template <class Device>
@@ -665,6 +686,7 @@ void sigmoid_loss_backward_(const Tensor& logits, SIGMOID_PARAMETERS, const Tens
 
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> target_and_rest(const Tensor& logits, SPLIT_PARAMETERS) {
+  check_rows(logits);
   const c10::DeviceGuard guard(logits.device());
   const Split split(logits, SPLIT_NAMES);
   const auto vector = [&](bool present) { return empty_result(logits, {present ? split.rows() : 0}); };
@@ -684,6 +706,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> target_and_rest(const Tensor&
 
 template <class Device>
 void split_gradient(const Tensor& logits, const Tensor& d_logits, SPLIT_PARAMETERS, SPLIT_BACKWARD_PARAMETERS) {
+  check_rows(logits);
   const c10::DeviceGuard guard(logits.device());
   Split split(logits, SPLIT_NAMES);
   SplitBackwardArguments backward{};

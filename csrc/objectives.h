@@ -141,8 +141,7 @@ template <class Number, class Exponent>
 IMBALANCE_INLINE ValueAndSlope<Number> poly_focal(const Truth<Number>& t, Exponent gamma, Number epsilon) {
   const ValueAndSlope<Number> base = focal(t, gamma);
   const Number power = t.n_power(gamma) * t.n;
-  return {base.value + epsilon * power,
-          base.slope - epsilon * (number_of<Number>(gamma) + Number(1)) * (power * t.p)};
+  return {base.value + epsilon * power, base.slope - epsilon * (number_of<Number>(gamma) + Number(1)) * (power * t.p)};
 }
 
 // inverse_q = 1 / q

@@ -1,7 +1,8 @@
 """The operations in plain PyTorch: the specification that every kernel is tested against, and the fall-back.
 
 Differentiable by autograd, float64-capable, on any device; it allocates several (N, C) temporaries, which is what the
-kernels exist to avoid. Logits are (N, C) here; ops/ does checks, layouts and the choice of implementation.
+kernels exist to avoid. Logits are (N, C) here, or channels-first (B, C, P) for a loss, which moves their classes; ops/
+does checks, layouts and the choice of implementation.
 """
 
 from __future__ import annotations
@@ -64,14 +65,17 @@ def target_and_rest(
 
 
 def softmax_loss(
-    logits: Tensor,  # (N, C)
-    target: Tensor,  # (N,) class indices, or (N, C) class probabilities
+    logits: Tensor,  # (N, C), or (B, C, P) where N is B * P
+    target: Tensor,  # (N,) class indices, or class probabilities in the logits' shape
     options: SoftmaxOptions,
     sample_weight: Tensor | None = None,  # (N,)
     normalizer: Tensor | None = None,  # ()
 ) -> Tensor:
     """Return the reduced loss of `options`; see imbalance_kernels.functional.softmax_loss."""
     num_classes = logits.shape[1]
+    if logits.dim() == 3:
+        logits = logits.movedim(1, 2).reshape(-1, num_classes)
+        target = target.movedim(1, 2).reshape(-1, num_classes) if target.is_floating_point() else target
     targets = None if target.is_floating_point() else RowTargets.of(target, num_classes, options.ignore_index)
     split = target_and_rest(logits, target, options)
     losses = row_losses(split, targets, options, sample_weight, num_classes)

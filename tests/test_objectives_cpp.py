@@ -172,7 +172,9 @@ FUNCTIONS = {
     "log1p_unit": (mpmath.log1p, lambda limit: np.concatenate([np.linspace(0, 1, 3001), np.geomspace(1e-30, 1, 1001)])),
     "log1p": (
         mpmath.log1p,
-        lambda limit: np.concatenate([np.linspace(-0.999, 9, 5001), np.geomspace(1e-30, 1, 999), -np.geomspace(1e-30, 0.9, 999)]),
+        lambda limit: np.concatenate(
+            [np.linspace(-0.999, 9, 5001), np.geomspace(1e-30, 1, 999), -np.geomspace(1e-30, 0.9, 999)]
+        ),
     ),
     "sqrt": (mpmath.sqrt, lambda limit: np.concatenate([np.geomspace(1e-30, 1e30, 2001), np.linspace(0, 2, 2001)])),
 }

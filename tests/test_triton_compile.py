@@ -31,6 +31,7 @@ REGISTERS = {
     ("bfloat16", 32000): (64, 56),
     ("float32", 32000): (64, 64),
 }
+PLANE_REGISTERS = 128  # of 128 or 256 threads
 SPILLED = 400  # bytes a thread that options beyond the main ones may spill; sines of float64 take memory too
 CLUSTER_REGISTERS = 88  # of 512 threads, two or eight blocks a row
 
@@ -113,6 +114,27 @@ def test_rows_over_a_cluster(version, target):
         if case["dtype"] == "bfloat16" and case["classes"] % 8 == 0:
             assert kernel["reads_target_before_barrier"], (case, kernel)
             assert kernel["stores"] == 4
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("version", sorted({*VERSIONS, triton.__version__}))
+def test_channels_first(version, target):
+    """A warp's threads lie along the pixels, where memory does, and blocks are stored as they are loaded."""
+    found = [
+        (result["case"], kernel)
+        for result in results(version, target, "planes")
+        for kernel in result["compiled"]
+        if kernel["kernel"].startswith("planes.")
+    ]
+    names = [kernel["kernel"] for _, kernel in found]
+    assert names == ["planes._planes"] * 4 + ["planes._long_planes"]
+    for case, kernel in found:
+        warp = 64 if target == "gfx942" else 32
+        assert kernel["warps"] == [f"{warp}, 1"], (case, kernel)
+        # A number of each pixel for each warp that shares it; a whole block would be more.
+        assert kernel["shared"] <= 8 * kernel["threads"], (case, kernel)
+        spilled = 16 if "long" in kernel["kernel"] else 0  # 3.9 allows it but 64 registers
+        assert kernel["spilled"] <= spilled and kernel["registers"] <= PLANE_REGISTERS, (case, kernel)
 
 
 # Both versions compile half of the targets, so that every pair of options is compiled once.

@@ -28,7 +28,7 @@ from imbalance_kernels.logit_map import AngularMargin, CircleMargin, LogitMap
 from imbalance_kernels.objectives import REGISTRY
 from imbalance_kernels.ops.kernel_arguments import objective_arguments, split_arguments
 from imbalance_kernels.options import SoftmaxOptions, accumulate_dtype
-from imbalance_kernels.triton_kernels import launch, softmax_loss, target_and_rest
+from imbalance_kernels.triton_kernels import launch, planes, softmax_loss, target_and_rest
 
 # What a target is, and the properties that a device of its kind reports.
 TARGETS = {
@@ -89,7 +89,7 @@ def use(target: str) -> _Driver:
 
 def kernels() -> list[triton.JITFunction]:
     """Every kernel that launchers launch."""
-    modules = (softmax_loss, target_and_rest)
+    modules = (softmax_loss, planes, target_and_rest)
     found = [x for module in modules for x in vars(module).values() if isinstance(x, triton.JITFunction)]
     return [x for x in found if x.fn.__module__ in {module.__name__ for module in modules}]
 
@@ -150,6 +150,9 @@ def call(driver: _Driver, **case) -> None:
     if operation == "in place" and reduction == "none":  # knows no upstream gradient
         operation = "gradient"
     logits = torch.empty((num_rows, num_classes), dtype=dtype)
+    if case.get("pixels") and "split" not in operation:  # of each image
+        logits = torch.empty((num_rows, num_classes, case["pixels"]), dtype=dtype)
+        num_rows = num_rows * case["pixels"]
     target = torch.zeros(logits.shape, dtype=dtype) if probabilities else torch.zeros(num_rows, dtype=torch.int64)
     split = split_arguments(options)
     normalizer = vector(()) if reduction == "normalizer" else None
@@ -195,10 +198,23 @@ PROBABILITIES = [
     {"dtype": "bfloat16", "classes": num_classes, "weighting": "probabilities"} for num_classes in (8192, 32000)
 ]
 
+# Channels-first, of few classes, of more than a thread holds, and of more than a program does.
+PLANES = [
+    {"dtype": dtype, "classes": num_classes, "pixels": 4096, "rows": 2, "objective": "focal", "map": map_name}
+    for dtype, num_classes, map_name in [
+        ("float32", 19, "plain"),
+        ("float32", 21, "prior"),
+        ("bfloat16", 19, "plain"),
+        ("float32", 150, "plain"),
+        ("bfloat16", 1000, "prior"),
+    ]
+]
+
 FACTORS = {
     "target": ["sm_80", "sm_90", "sm_100", "gfx942"],
     "dtype": list(DTYPES),
     "classes": [2, 91, 1000, 16384, 20001, 32000],
+    "pixels": [0, 0, 300],
     "operation": ["loss", "loss and gradient", "in place", "gradient", "split", "split backward"],
     "objective": list(REGISTRY),
     "map": ["plain", "prior", "everything", "softcap", "margin", "class margins", "arc", "sphere", "circle"],
@@ -239,6 +255,9 @@ def describe(kernel: triton.JITFunction, binary) -> dict:
         "threads": binary.metadata.num_warps * binary.metadata.target.warp_size,
         "blocks": getattr(binary.metadata, "num_ctas", 1),
         "shape": {k: v for k, v in constants.items() if k in ("UNIT", "ROWS", "BLOCK", "LANES", "VECTOR")},
+        # How a warp's threads lie on blocks, and what passes between them through shared memory.
+        "warps": sorted(set(re.findall(r"threadsPerWarp = \[(\d+, \d+)\]", binary.asm["ttgir"]))),
+        "shared": binary.metadata.shared,
     }
     if "amdgcn" in binary.asm:
         assembly = binary.asm["amdgcn"]
@@ -296,7 +315,7 @@ CLUSTERS = [{**case, "operation": "in place"} for case in MAIN if case["classes"
 
 
 def main() -> None:
-    sets = {"main": MAIN + PROBABILITIES, "same": SAME, "clusters": CLUSTERS, "pairs": pairwise()}
+    sets = {"main": MAIN + PROBABILITIES, "same": SAME, "clusters": CLUSTERS, "planes": PLANES, "pairs": pairwise()}
     if len(sys.argv) != 3 or sys.argv[1] not in TARGETS or sys.argv[2] not in sets:
         sys.exit(f"triton_compile.py: give a target ({', '.join(TARGETS)}) and a set of cases ({', '.join(sets)})")
     target, which = sys.argv[1:]

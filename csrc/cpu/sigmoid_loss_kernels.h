@@ -2,8 +2,8 @@
 //
 // Logits are taken in blocks that fit the L1 cache: whole rows, a piece of a wide row, or the pixels of one class. What
 // stands beside a block's logits is staged first, as numbers: labels (never one-hot for more than a block), the weights
-// of rows, and for rows that share a block the class vectors, repeated. One loop then does a block, of a code of its own
-// for each objective. Nothing of the logits' size but the gradient is ever allocated.
+// of rows, and for rows that share a block the class vectors, repeated. One loop then does a block, of a code of its
+// own for each objective. Nothing of the logits' size but the gradient is ever allocated.
 //
 // One source for AVX-512, AVX2, SSE2 and NEON: sigmoid_loss_<instruction set>.cpp includes it.
 #pragma once
@@ -73,7 +73,8 @@ struct OfRegistry {
     if constexpr (kind == ObjectiveKind::focal) {
       return focal_sides(t, y, parameter);
     } else {
-      return mixed_sides(t, [&](const Truth<L>& side) IMBALANCE_LAMBDA { return hard(side, typename L::Mask(), parameter); });
+      return mixed_sides(
+          t, [&](const Truth<L>& side) IMBALANCE_LAMBDA { return hard(side, typename L::Mask(), parameter); });
     }
   }
 };
@@ -247,7 +248,9 @@ struct BlockLoss {
   double (*soft)(const Block<T>&, const void* objective);
 };
 
-inline bool is_product(double exponent) { return exponent * 2 == std::floor(exponent * 2) && exponent * 2 <= kMostHalves; }
+inline bool is_product(double exponent) {
+  return exponent * 2 == std::floor(exponent * 2) && exponent * 2 <= kMostHalves;
+}
 inline HalfExponent as_product(double exponent) { return {static_cast<int>(exponent * 2)}; }
 
 // run(objective) with the type that stands for the call's objective.
@@ -295,7 +298,8 @@ void with_objective(const SigmoidArguments& call, const Run& run) {
 
 // ---------------------------------------------------------------- tiles
 
-// How the logits are cut: into whole rows that share a block, pieces of one row, or pixels of one image, class by class.
+// How the logits are cut: into whole rows that share a block, pieces of one row, or pixels of one image, class by
+// class.
 struct Tiling {
   int64_t rows;    // of a block; 0: pieces, or pixels
   int64_t pieces;  // of a row, or of an image's pixels
@@ -303,8 +307,8 @@ struct Tiling {
 
   explicit Tiling(const SigmoidArguments& call) {
     const auto blocks = [](int64_t n) { return (n + kSigmoidBlock - 1) / kSigmoidBlock; };
-    const bool dense_rows = call.image_stride == call.classes &&
-                            (!call.d_logits || call.gradient_image_stride == call.classes);
+    const bool dense_rows =
+        call.image_stride == call.classes && (!call.d_logits || call.gradient_image_stride == call.classes);
     rows = 0;
     pieces = call.pixels > 0 ? blocks(call.pixels) : blocks(call.classes);
     tiles = call.images * pieces;
@@ -324,7 +328,7 @@ class Tiles {
 
   static constexpr bool kIsHalf = !std::is_same_v<S, T>;
   static constexpr Beside<T> Block<T>::* kVectors[] = {&Block<T>::positive, &Block<T>::negative, &Block<T>::bias,
-                                                      &Block<T>::parameter};
+                                                       &Block<T>::parameter};
   static constexpr int64_t kArrays = 8;
   static int64_t scratch_numbers() { return kArrays * kSigmoidBlock; }
 
@@ -412,12 +416,14 @@ class Tiles {
     const int64_t count = smaller(tiling_.rows, call_.images - first_row);
     const auto each_label = [&](T value) {
       if (is_dense()) return;
-      for (int64_t row = 0; row < count; ++row) set_labels(first_row + row, 0, call_.classes, labels_ + row * call_.classes, value);
+      for (int64_t row = 0; row < count; ++row)
+        set_labels(first_row + row, 0, call_.classes, labels_ + row * call_.classes, value);
     };
     each_label(T(1));
     const int64_t place = first_row * call_.classes;
     stage_weights(first_row, count, call_.classes, place);
-    const double sum = run(place, first_row * call_.image_stride, first_row * call_.gradient_image_stride, count * call_.classes);
+    const double sum =
+        run(place, first_row * call_.image_stride, first_row * call_.gradient_image_stride, count * call_.classes);
     each_label(T(0));
     return sum;
   }
@@ -464,7 +470,8 @@ class Tiles {
           }
         }
       }
-      if (call_.weight_of_logits) stage_weights_of_pixels(first_row, count, static_cast<const T*>(call_.sample_weight) + place);
+      if (call_.weight_of_logits)
+        stage_weights_of_pixels(first_row, count, static_cast<const T*>(call_.sample_weight) + place);
       sum += run(place, image * call_.image_stride + c * call_.class_stride + first,
                  image * call_.gradient_image_stride + c * call_.gradient_class_stride + first, count);
     }
@@ -527,8 +534,9 @@ class Tiles {
   void stage_weights_of_pixels(int64_t first_row, int64_t count, const T* of_logits) {
     bool any_ignored = false;
     for (int64_t i = 0; call_.labels && i < count; ++i) any_ignored |= ignored(first_row + i);
-    const T* const given =
-        of_logits ? of_logits : call_.sample_weight ? static_cast<const T*>(call_.sample_weight) + first_row : nullptr;
+    const T* const given = of_logits             ? of_logits
+                           : call_.sample_weight ? static_cast<const T*>(call_.sample_weight) + first_row
+                                                 : nullptr;
     block_.weight = given;
     if (!any_ignored) return;
     for (int64_t i = 0; i < count; ++i) weights_[i] = ignored(first_row + i) ? T(0) : given ? given[i] : T(1);

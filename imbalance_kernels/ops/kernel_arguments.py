@@ -95,13 +95,14 @@ def sigmoid_arguments(
     """Return the arguments of a sigmoid loss."""
     weights = (options.positive_weight, options.negative_weight)
     positive, negative = (1.0 if isinstance(weight, Tensor) else float(weight) for weight in weights)
-    vectors = (weight if isinstance(weight, Tensor) else None for weight in weights)
+    positive_weight, negative_weight = (weight if isinstance(weight, Tensor) else None for weight in weights)
     return SigmoidArguments(
         target,
         *objective_arguments(options.objective),
         positive,
         negative,
-        *vectors,
+        positive_weight,
+        negative_weight,
         options.bias,
         sample_weight,
         normalizer,

@@ -75,9 +75,14 @@ def _launcher(name: str) -> Callable[..., Any]:
     return launch
 
 
+def _num_rows(logits: Tensor) -> int:
+    return logits.shape[0] if logits.dim() == 2 else logits.shape[0] * logits.shape[2]
+
+
 def _fake_softmax_loss(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     *_, reduction, _, with_gradient = options
-    loss = logits.new_empty(logits.shape[:1] if reduction == "none" else (), dtype=accumulate_dtype(logits.dtype))
+    shape = (_num_rows(logits),) if reduction == "none" else ()
+    loss = logits.new_empty(shape, dtype=accumulate_dtype(logits.dtype))
     return loss, logits.new_empty(logits.shape if with_gradient else (0,))
 
 
