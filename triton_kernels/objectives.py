@@ -31,7 +31,7 @@ class Truth(NamedTuple):
 def truth_of(d):
     """Return the Truth of log-odds d."""
     positive = d > 0
-    small = exp_nonpositive(tl.where(positive, -d, d))
+    small = exp_nonpositive(-tl.abs(d))
     larger = 1.0 / (1.0 + small)
     smaller = small * larger
     log_sum = log1p_unit(small)

@@ -5,7 +5,7 @@ one-hot, channels-first images are read as they lie, nothing of the logits' size
 "none") is allocated, and nothing waits for the device. A program takes a tile, in one of three layouts:
 
 - "flat": so many logits of rows that lie side by side, whatever their width: a row of one class wastes no lane, nor
-  does one of 80. A logit finds its row by a multiplication.
+  does one of 80. A vector of logits finds its row by a multiplication, or each logit does where rows cut vectors.
 - "rows": pieces of wide rows, or of rows that are strided.
 - "images": some pixels of some classes; the labels of a pixel serve all of these.
 
@@ -109,15 +109,27 @@ class Tile(NamedTuple):
 
 
 @triton.jit
-def _flat_tile(num_logits, classes, reciprocal, TILE: tl.constexpr):
-    """A tile of contiguous rows; reciprocal is 2^30 / C, rounded up."""
-    first = tl.program_id(0).to(tl.int64) * TILE
-    first_row = first // classes
-    within = tl.arange(0, TILE)
-    beyond = (first - first_row * classes).to(tl.int32) + within  # in classes, from the first row's beginning
-    rows = tl.umulhi(beyond << (32 - QUOTIENT_BITS), reciprocal)
-    inside = first + within < num_logits
-    columns = beyond - rows * classes
+def _flat_tile(num_rows, classes, reciprocal, UNIT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """A tile of contiguous rows (LANES, VECTOR), each vector in or out; reciprocal is 2^30 / classes, rounded up.
+
+    Classes are in units: of a vector where it divides them, so that each lies in one row, or of one.
+    """
+    first = tl.program_id(0).to(tl.int64) * (LANES * VECTOR)
+    classes_of_row = classes * UNIT
+    first_row = first // classes_of_row
+    lanes = tl.arange(0, LANES)[:, None]
+    of_lane = tl.arange(0, VECTOR)[None, :]
+    within = lanes * VECTOR + of_lane
+    inside = first // VECTOR + lanes < num_rows.to(tl.int64) * classes_of_row // VECTOR
+    beyond = (first - first_row * classes_of_row).to(tl.int32)  # the first row's beginning
+    if UNIT > 1:
+        units = beyond // UNIT + lanes
+        rows = tl.umulhi(units << (32 - QUOTIENT_BITS), reciprocal)
+        columns = (units - rows * classes) * UNIT + of_lane
+    else:
+        units = beyond + within
+        rows = tl.umulhi(units << (32 - QUOTIENT_BITS), reciprocal)
+        columns = units - rows * classes
     return Tile(first_row, rows, columns, inside, inside, inside, first, within, first, within, first, within)
 
 
@@ -278,7 +290,8 @@ def _tiles(
     image_stride = image_stride.to(tl.int64) * UNIT
     gradient_image_stride = gradient_image_stride.to(tl.int64) * UNIT
     if LAYOUT == "flat":
-        tile = _flat_tile(images.to(tl.int64) * classes, classes, reciprocal, ROWS)
+        tile = _flat_tile(images, classes, reciprocal, UNIT, ROWS, COLUMNS)
+        classes = classes * UNIT
     elif LAYOUT == "rows":
         classes = classes * UNIT
         tile = _row_tile(images, classes, image_stride, gradient_image_stride, ROWS, COLUMNS)
@@ -516,9 +529,13 @@ def _tile_of(logits: Tensor, d_logits: Tensor | None) -> LaunchTile:
     if logits.dim() == 2:
         num_rows, stride, gradient_stride = logits.shape[0], logits.stride(0), gradient.stride(0)
         if logits.is_contiguous() and gradient.is_contiguous() and num_classes <= FLAT_CLASSES:
-            sizes = (num_rows, num_classes, 1, 0, 0, 0, 0)
-            reciprocal = triton.cdiv(1 << QUOTIENT_BITS.value, max(1, num_classes))
-            return LaunchTile("flat", triton.cdiv(logits.numel(), TILE), sizes, reciprocal, 1, TILE, 1)
+            vector = VECTOR_BYTES // logits.element_size()
+            vector = vector if logits.numel() % vector == 0 else 1
+            unit = vector if num_classes % vector == 0 else 1
+            sizes = (num_rows, num_classes // unit, 1, 0, 0, 0, 0)
+            reciprocal = triton.cdiv(1 << QUOTIENT_BITS.value, max(1, num_classes // unit))
+            programs = triton.cdiv(logits.numel(), TILE)
+            return LaunchTile("flat", programs, sizes, reciprocal, unit, TILE // vector, vector)
         unit = _unit(logits, num_classes, stride, gradient_stride)
         columns = min(triton.next_power_of_2(max(1, num_classes)), TILE)
         rows = TILE // columns
