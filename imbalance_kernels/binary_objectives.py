@@ -71,7 +71,7 @@ def side_slopes(objective: Objective, x: Tensor, y: Tensor) -> Sides:
         # (d mixed / dx) / mixed, where a hard label needs no division by what may be 0
         growth = torch.where(y == 1, -p, torch.where(y == 0, n, (1 - 2 * y) * p * n / mixed))
         slope = _mixed_power(x, y, objective.gamma) * (
-            _cross_entropy_slope(x, y) + objective.gamma * growth * _cross_entropy(x, y)
+            _cross_entropy_slope(x, y) + objective.gamma * _times(growth, _cross_entropy(x, y))
         )
         return Sides(slope, slope)
     return Sides(objective.slope(x), -objective.slope(-x))
