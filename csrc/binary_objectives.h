@@ -127,14 +127,12 @@ IMBALANCE_INLINE ValueAndSlope<Number> clipped_focal(const Truth<Number>& t, Exp
   const auto counts = M::less(clip, t.n);
   const Number m = M::select(counts, t.n - clip, zero);
   const Number rest = M::select(counts, t.p + clip, one);  // 1 - m
-  // log(1 - m): of a small m by log1p, whose argument is at most 1; of a large one by the logarithm
-  const auto small = M::less(m, Number(0.5));
-  const Number cost = M::select(small, M::log1p_unit(M::select(small, m / rest, zero)), -M::log(rest));
-  const Number ratio = M::select(M::less(zero, m), cost / M::select(M::less(zero, m), m, one), one);
+  const Number cost = -M::log1p(-m);
   Truth<Number> clipped = t;
   clipped.n = m;
-  clipped.log_n = M::log(m);
+  clipped.log_n = M::log(m);  // of a general power alone
   const Number power = clipped.n_power(gamma);
+  const Number ratio = M::select(M::less(zero, m), cost / M::select(M::less(zero, m), m, one), one);
   const Number slope = (t.p * t.n) * power * (one / rest + number_of<Number>(gamma) * ratio);
   return {power * cost, -M::select(counts, slope, zero)};
 }

@@ -381,7 +381,7 @@ class Rows {
   static IMBALANCE_INLINE L tanh_of(L x) {
     const auto negative = M::less(x, L(T(0)));
     const L magnitude = M::select(negative, -x, x);
-    const L minus = M::expm1_nonpositive(L(T(-2)) * magnitude);
+    const L minus = M::exp_and_expm1_nonpositive(L(T(-2)) * magnitude).second;
     const L tanh = -minus / (L(T(2)) + minus);
     return M::select(negative, -tanh, tanh);
   }
