@@ -204,7 +204,7 @@ class Asymmetric(BinaryObjective):
         m = (p - self.clip).clamp_min(0)
         ratio = torch.where(m > 0, -torch.log1p(-m) / torch.where(m > 0, m, torch.ones_like(m)), torch.ones_like(m))
         slope = p * n * m**self.gamma_neg * (1 / (1 - m) + self.gamma_neg * ratio)
-        return Sides(positive, torch.where(p > self.clip, slope, torch.zeros_like(x)))
+        return Sides(positive, torch.where(p <= self.clip, torch.zeros_like(x), slope))
 
 
 BINARY_REGISTRY: dict[str, type[Objective]] = {

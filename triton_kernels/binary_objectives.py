@@ -138,15 +138,16 @@ def _varifocal_sides(t, y, gamma, numbers, objective: tl.constexpr):
 def _clipped_focal(t, gamma, clip, halves: tl.constexpr):
     """-m^gamma log(1 - m) with m = max(n - clip, 0) of a negative, whose p is 1 - n. With a clip of 0 it is focal."""
     counts = t.n > clip
-    m = tl.where(counts, t.n - clip, 0.0)
-    rest = tl.where(counts, t.p + clip, 1.0)  # 1 - m
+    limit = tl.where(counts, clip, t.n)  # so that m is 0 below the clip, and a NaN stays one
+    m = t.n - limit
+    rest = t.p + limit  # 1 - m
     # log(1 - m): of a small m by log1p, whose argument is at most 1; of a large one by the logarithm
     small = m < 0.5
     cost = tl.where(small, log1p_unit(tl.where(small, m / rest, 0.0)), -tl.log(rest))
     ratio = tl.where(m > 0, cost / tl.where(m > 0, m, 1.0), 1.0)
     power = power_of(m, tl.log(m), gamma, halves)
     slope = (t.p * t.n) * power * (1.0 / rest + gamma * ratio)
-    return power * cost, -tl.where(counts, slope, 0.0)
+    return power * cost, -tl.where(counts, slope, m)
 
 
 @triton.jit
