@@ -61,7 +61,7 @@ def logits_and_labels(dtype: np.dtype, name: str, parameters: tuple) -> tuple[np
         away = (np.abs(x - limit) > near) & (np.abs(x + limit) > near)
         x, y = x[away], y[away]
     if name == "quality_focal":  # nor where a score is met, which only rounding tells from a miss
-        miss = np.abs(1 / (1 + np.exp(-x.astype(np.float64))) - y)
+        miss = np.abs(1 / (1 + np.exp(-np.clip(x.astype(np.float64), -700, None))) - y)
         away = (miss > 1e-3 * y) | (y == 0) | (y == 1)
         x, y = x[away], y[away]
     return x, y

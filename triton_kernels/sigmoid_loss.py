@@ -459,7 +459,7 @@ def _launch(
     """Return the loss, () or the logits' shape, and write the gradient; with an upstream gradient the latter alone."""
     _check(logits, call)
     summed = call.reduction != "none"
-    tile = _tile_of(logits, d_logits)
+    tile = tile_of(logits, d_logits)
     with on(logits):
         labels = _labels(logits, call)
         factors = _factors(logits, labels, call, upstream)
@@ -488,7 +488,7 @@ def _launch(
                 labels,
                 vectors,
                 weights,
-                _numbers(logits, call),
+                numbers_of(call.objective, call.objective_parameters, call.class_parameter is None, logits),
                 factors,
                 *tile.sizes,
                 list_length,
@@ -523,7 +523,7 @@ class LaunchTile(NamedTuple):
         return {"LAYOUT": self.layout, **shape, "num_warps": num_warps}
 
 
-def _tile_of(logits: Tensor, d_logits: Tensor | None) -> LaunchTile:
+def tile_of(logits: Tensor, d_logits: Tensor | None) -> LaunchTile:
     gradient = logits if d_logits is None else d_logits
     num_classes = logits.shape[1]
     if logits.dim() == 2:
@@ -593,17 +593,16 @@ def _labels(logits: Tensor, call: SigmoidArguments) -> BinaryLabels:
     return BinaryLabels(None, None, dense.contiguous())
 
 
-def _numbers(logits: Tensor, call: SigmoidArguments) -> Numbers:
-    """Return the objective's parameters; exponents whose powers are products are compile-time constants."""
-    parameters = [*call.objective_parameters, 0.0, 0.0, 0.0][:3]
-    exponents = 0 if call.class_parameter is not None else EXPONENTS.get(call.objective, 0)
+def numbers_of(name: str, parameters: Sequence[float], products: bool, logits: Tensor) -> Numbers:
+    """Return an objective's parameters; exponents whose powers are products are compile-time constants."""
+    parameters = [*parameters, 0.0, 0.0, 0.0][:3]
     halves: list[Any] = [None, None]
     numbers: list[Any] = [number(value, logits) for value in parameters]
-    for place, exponent in enumerate(parameters[:exponents]):
-        if (2 * exponent).is_integer() and 2 * exponent <= MOST_HALVES:
+    for place, exponent in enumerate(parameters[: EXPONENTS.get(name, 0)]):
+        if products and (2 * exponent).is_integer() and 2 * exponent <= MOST_HALVES:
             halves[place] = tl.constexpr(int(2 * exponent))
-            numbers[place] = tl.constexpr(exponent)
-    if call.objective == "asymmetric" and parameters[2] == 0:
+            numbers[place] = tl.constexpr(float(exponent))
+    if name == "asymmetric" and parameters[2] == 0:  # no clip
         numbers[2] = None
     return Numbers(*numbers, *halves)
 
