@@ -27,7 +27,7 @@ from torch import Tensor
 
 from imbalance_kernels.options import LOGIT_DTYPES, accumulate_dtype
 from imbalance_kernels.triton_kernels.binary_objectives import BINARY_OBJECTIVES, EXPONENTS, Numbers, share_of
-from imbalance_kernels.triton_kernels.launch import UNITS, VECTOR_BYTES, number, on, vector_of
+from imbalance_kernels.triton_kernels.launch import UNITS, VECTOR_BYTES, Device, device_of, number, on, vector_of
 from imbalance_kernels.triton_kernels.objectives import truth_of
 from imbalance_kernels.triton_kernels.rows import Reduction, widened
 from imbalance_kernels.triton_kernels.softmax_loss import SMALL_BLOCK, _sum
@@ -35,7 +35,7 @@ from imbalance_kernels.triton_kernels.softmax_loss import SMALL_BLOCK, _sum
 __all__ = ["sigmoid_loss", "sigmoid_loss_", "sigmoid_loss_backward", "sigmoid_loss_backward_"]
 
 TILE = 2048  # logits of a program
-NUM_WARPS = 8  # of it: 8 logits a thread, a vector of halves
+THREADS = 256  # of it: 8 logits a thread, a vector of halves
 FLAT_CLASSES = 4 * TILE  # at most; pieces of wider rows waste less than a quarter of their lanes
 MOST_HALVES = 16  # exponents up to 8 are products
 WASTED = 4 / 3  # at most, lanes of a tile of classes over classes
@@ -303,7 +303,8 @@ def _tiles(
 
     reads = tile.inside
     if factors.normalizer is not None:
-        reads = reads & (tile.rows >= tl.where(tl.load(factors.normalizer) == 0, 1 << 30, 0))  # none
+        # A comparison, because the interpreter of 3.9 mistakes the "and" with one bool for a number.
+        reads = reads.to(tl.int32) > tl.where(tl.load(factors.normalizer) == 0, 1, 0)
     at = logits + tile.logits_first
     x = widened(tl.load(at + tile.logits_within, mask=reads, other=0.0, eviction_policy="evict_first"))
     if vectors.bias is not None:
@@ -496,7 +497,7 @@ def _launch(
                 tile.reciprocal,
                 **dict(zip(("objective", "hard", "soft"), BINARY_OBJECTIVES[call.objective], strict=True)),
                 SUMMED=summed,
-                **tile.options(),
+                **tile.options(device_of(logits.device)),
             )
         if losses is None or not summed:
             return losses
@@ -516,9 +517,9 @@ class LaunchTile(NamedTuple):
     rows: int
     columns: int
 
-    def options(self) -> dict[str, Any]:
+    def options(self, device: Device) -> dict[str, Any]:
         """Return a launch's keyword arguments."""
-        num_warps = max(1, min(NUM_WARPS, self.rows * self.columns * NUM_WARPS // TILE))
+        num_warps = max(1, self.rows * self.columns * THREADS // (TILE * device.warp))
         shape = {"UNIT": self.unit, "ROWS": self.rows, "COLUMNS": self.columns}
         return {"LAYOUT": self.layout, **shape, "num_warps": num_warps}
 
