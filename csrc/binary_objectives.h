@@ -126,8 +126,9 @@ IMBALANCE_INLINE ValueAndSlope<Number> clipped_focal(const Truth<Number>& t, Exp
   using M = Math<Number>;
   const Number zero(0), one(1);
   const auto counts = M::less(clip, t.n);
-  const Number m = M::select(counts, t.n - clip, zero);
-  const Number rest = M::select(counts, t.p + clip, one);  // 1 - m
+  const Number limit = M::select(counts, clip, t.n);  // so that m is 0 below the clip, and a NaN stays one
+  const Number m = t.n - limit;
+  const Number rest = t.p + limit;  // 1 - m
   const Number cost = -M::log1p(-m);
   Truth<Number> clipped = t;
   clipped.n = m;
@@ -135,7 +136,7 @@ IMBALANCE_INLINE ValueAndSlope<Number> clipped_focal(const Truth<Number>& t, Exp
   const Number power = clipped.n_power(gamma);
   const Number ratio = M::select(M::less(zero, m), cost / M::select(M::less(zero, m), m, one), one);
   const Number slope = (t.p * t.n) * power * (one / rest + number_of<Number>(gamma) * ratio);
-  return {power * cost, -M::select(counts, slope, zero)};
+  return {power * cost, -M::select(counts, slope, m)};
 }
 
 }  // namespace imbalance
