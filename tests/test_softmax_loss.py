@@ -166,15 +166,17 @@ def test_class_probabilities(option, impl, dtype, shape):
         check(logits, target, impl, reduction, options, options, shape=shape)
 
 
-@pytest.mark.parametrize("shape", [(33, 91), (3, 91, 1, 11)], ids=str)
+@pytest.mark.parametrize("shape", [(33, 91), (2, 5, 17, 19)], ids=str)  # the pixels of more than a tile
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_weights_of_rows_and_normalizer(impl, dtype, shape):
     logits, target = make_case(shape, dtype)
+    weight = _vector(shape[1])
+    sample_weight = torch.rand(target.shape)
     for options in (
-        {"sample_weight": torch.rand(33)},
-        {"sample_weight": torch.rand(33), "weight": _vector(91), "label_smoothing": 0.1, "z_loss": 0.01},
-        {"sample_weight": torch.rand(33), "normalizer": 7.0},
+        {"sample_weight": sample_weight},
+        {"sample_weight": sample_weight, "weight": weight, "label_smoothing": 0.1, "z_loss": 0.01},
+        {"sample_weight": sample_weight, "normalizer": 7.0},
     ):
         check(logits, target, impl, "mean", options, options, shape=shape)
         check(logits, target, impl, "sum", options, options, shape=shape)
