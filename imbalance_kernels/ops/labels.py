@@ -17,7 +17,15 @@ from imbalance_kernels.ops.checks import (
 )
 from imbalance_kernels.options import SigmoidOptions, accumulate_dtype
 
-__all__ = ["Labels", "as_labels", "check_label_range", "check_label_weights", "check_sigmoid_options"]
+__all__ = [
+    "Labels",
+    "as_label_rows",
+    "as_labels",
+    "check_label_range",
+    "check_label_weights",
+    "check_row_weights",
+    "check_sigmoid_options",
+]
 
 
 class Labels(NamedTuple):
@@ -90,6 +98,20 @@ def as_labels(input: Tensor, target: Tensor, class_dim: int) -> Labels:
     raise ValueError(message.replace("'K'", "K"))
 
 
+def as_label_rows(input: Tensor, target: Tensor, class_dim: int) -> Labels:
+    """Return the same with rows whatever the layout: images with classes first are copied."""
+    labels = as_labels(input, target, class_dim)
+    logits, target = labels.logits, labels.target
+    if logits.dim() == 2:
+        return labels
+    classes_last = logits.transpose(1, 2)
+    rows = classes_last.reshape(-1, logits.shape[1]).contiguous()
+    owned = labels.owned or not is_view(classes_last, rows)
+    if target.is_floating_point() or target.dtype == torch.bool:
+        target = target.transpose(1, 2).reshape(rows.shape).contiguous()
+    return labels._replace(logits=rows, target=target, owned=owned)
+
+
 def _layout(input: Tensor, class_dim: int) -> tuple[Tensor, bool]:
     """Return input as (N, C) or (B, C, P), and whether that is a copy."""
     num_classes = input.shape[class_dim]
@@ -154,3 +176,13 @@ def check_label_weights(labels: Labels, sample_weight: Tensor | None) -> Tensor 
             f"input's {tuple(labels.shape)}"
         )
     return weight.reshape(-1).contiguous()
+
+
+def check_row_weights(labels: Labels, sample_weight: Tensor | None) -> Tensor | None:
+    """Return sample_weight (N,) in the accumulation dtype, of an operation that weights rows alone."""
+    if sample_weight is not None and sample_weight.shape != labels.rows_shape:
+        raise ValueError(
+            f"sample_weight has shape {tuple(sample_weight.shape)}, but it must be one number for each row, "
+            f"{tuple(labels.rows_shape)}"
+        )
+    return check_label_weights(labels, sample_weight)
