@@ -23,6 +23,8 @@
 #include <sys/mman.h>
 #endif
 
+#include "cpu/column_sums.h"
+#include "cpu/multilabel_softmax.h"
 #include "cpu/sigmoid_loss.h"
 #include "cpu/softmax_loss.h"
 
@@ -336,6 +338,109 @@ class Labelled {
   }
 };
 
+#define MULTILABEL_SCHEMA \
+  "Tensor target, Tensor? bias, Tensor? sample_weight, Tensor? normalizer, int ignore_index, str reduction"
+#define MULTILABEL_PARAMETERS                                                            \
+  const Tensor &target, const OptionalTensor &bias, const OptionalTensor &sample_weight, \
+      const OptionalTensor &normalizer, int64_t ignore_index, std::string_view reduction
+#define MULTILABEL_NAMES target, bias, sample_weight, normalizer, ignore_index, reduction
+
+// Labels beside logits (N, C) or (B, C, P), and the tensors that own the memory of what kernels get.
+class BesideLogits {
+ public:
+  explicit BesideLogits(const Tensor& logits) : logits_(logits) {}
+
+  // Sets labels, lists or dense of a call's arguments.
+  template <class Arguments>
+  void set_labels(const Tensor& target, int64_t rows, Arguments* arguments) {
+    check_device("target", target, logits_);
+    const bool boolean = target.scalar_type() == at::kBool;
+    if (boolean || at::isFloatingType(target.scalar_type())) {
+      TORCH_CHECK_VALUE(target.sizes() == logits_.sizes(), "dense labels must have the logits' shape");
+      const bool as_logits = target.scalar_type() == logits_.scalar_type();
+      arguments->label_type = boolean ? LabelType::boolean : as_logits ? LabelType::logits : LabelType::accumulate;
+      arguments->dense = keep(boolean || as_logits ? target : target.to(accumulate_type(logits_))).const_data_ptr();
+      return;
+    }
+    TORCH_CHECK_VALUE((target.dim() == 1 || target.dim() == 2) && target.size(0) == rows,
+                      "target must be (N,) labels or (N, K) lists of classes");
+    const int64_t* const indices = keep(target.to(at::kLong)).const_data_ptr<int64_t>();
+    (target.dim() == 1 ? arguments->labels : arguments->lists) = indices;
+    arguments->list_length = target.dim() == 1 ? 0 : target.size(1);
+    // An empty list has no memory, and is a list nevertheless.
+    if (target.dim() == 2 && indices == nullptr) arguments->lists = &kNoLabel;
+  }
+
+  const void* vector(const char* name, const OptionalTensor& vector, int64_t size) {
+    if (!vector) return nullptr;
+    TORCH_CHECK_VALUE(vector->dim() == 1 && vector->size(0) == size, name, " must be (", size, ",)");
+    TORCH_CHECK_TYPE(vector->scalar_type() == accumulate_type(logits_), name, " must be ", accumulate_type(logits_));
+    check_device(name, *vector, logits_);
+    return keep(*vector).const_data_ptr();
+  }
+
+  const void* scalar(const char* name, const OptionalTensor& scalar) {
+    return scalar ? keep(number(name, *scalar, logits_)).const_data_ptr() : nullptr;
+  }
+
+ private:
+  static constexpr int64_t kNoLabel = 0;
+  const Tensor logits_;
+  std::vector<Tensor> kept_;
+
+  const Tensor& keep(const Tensor& tensor) { return kept_.emplace_back(tensor.contiguous()); }
+};
+
+// What the kernels of multilabel_softmax get.
+class MultilabelCall : public BesideLogits {
+ public:
+  MultilabelArguments arguments{};
+
+  MultilabelCall(const Tensor& logits, const Tensor& d_logits, MULTILABEL_PARAMETERS) : BesideLogits(logits) {
+    check_rows(logits);
+    arguments.dtype = dtype_of(logits);
+    arguments.rows = logits.size(0);
+    arguments.classes = logits.size(1);
+    arguments.logits = logits.const_data_ptr();
+    arguments.row_stride = logits.stride(0);
+    set_labels(target, arguments.rows, &arguments);
+    arguments.ignore_index = ignore_index;
+    TORCH_CHECK_VALUE(reduction == "none" || reduction == "sum" || reduction == "mean", "reduction is '", reduction,
+                      "'");
+    TORCH_CHECK_VALUE(!normalizer || normalizer->numel() == 1, "normalizer must be one number");
+    arguments.bias = vector("bias", bias, arguments.classes);
+    arguments.sample_weight = vector("sample_weight", sample_weight, arguments.rows);
+    if (d_logits.defined()) {
+      arguments.d_logits = d_logits.mutable_data_ptr();
+      arguments.gradient_stride = d_logits.stride(0);
+    }
+  }
+};
+
+// What the kernels of column_sums get.
+class ColumnSumsCall : public BesideLogits {
+ public:
+  ColumnSumsArguments arguments{};
+
+  ColumnSumsCall(const Tensor& logits, const Tensor& target, const OptionalTensor& sample_weight, int64_t ignore_index)
+      : BesideLogits(logits) {
+    const bool images = logits.dim() == 3;
+    TORCH_CHECK_VALUE(images || logits.dim() == 2, "logits must be (N, C) rows or (B, C, P) images");
+    TORCH_CHECK_VALUE(logits.size(-1) <= 1 || logits.stride(-1) == 1, "logits must have a last dimension of stride 1");
+    arguments.dtype = dtype_of(logits);
+    arguments.images = logits.size(0);
+    arguments.classes = logits.size(1);
+    arguments.pixels = images ? logits.size(2) : 0;
+    if (images && arguments.pixels == 0) arguments.images = 0;
+    arguments.logits = logits.const_data_ptr();
+    arguments.image_stride = logits.stride(0);
+    arguments.class_stride = images ? logits.stride(1) : 1;
+    set_labels(target, arguments.rows(), &arguments);
+    arguments.ignore_index = ignore_index;
+    arguments.sample_weight = vector("sample_weight", sample_weight, arguments.rows());
+  }
+};
+
 // ---------------------------------------------------------------- the CPU
 
 constexpr int64_t kHugePage = 2 << 20;
@@ -458,10 +563,11 @@ struct Cpu {
   }
 
   // Labels are in [0, C], those of lists in [0, C), or ignored.
-  static void check_labels(const SigmoidArguments& call) {
+  template <class Arguments>
+  static void check_labels(const Arguments& call, int64_t rows) {
     const int64_t* const target = call.labels ? call.labels : call.lists;
     if (target == nullptr) return;
-    const int64_t count = call.rows() * (call.labels ? 1 : call.list_length);
+    const int64_t count = rows * (call.labels ? 1 : call.list_length);
     const int64_t last = call.classes - (call.labels ? 0 : 1);
     const auto outside = [&](int64_t i) {
       return (target[i] < 0 || target[i] > last) && target[i] != call.ignore_index;
@@ -480,7 +586,7 @@ struct Cpu {
     cpu::SigmoidLossArguments loss{labelled.arguments, 1};
     SigmoidArguments& call = loss.call;
     const bool reduced = reduction != "none";
-    check_labels(call);
+    check_labels(call, call.rows());
     double divisor = 1;
     if (normalizer) {
       divisor = normalizer->item<double>();
@@ -515,6 +621,96 @@ struct Cpu {
     });
     if (!reduced) return losses;
     return empty_result(logits, {}).fill_(sum_of(tiles, [&](int64_t tile) { return of_tiles[tile]; }) / divisor);
+  }
+
+  static Tensor multilabel_softmax(const Tensor& logits, const Tensor& d_logits, const OptionalTensor& upstream,
+                                   MULTILABEL_PARAMETERS) {
+    MultilabelCall multilabel(logits, d_logits, MULTILABEL_NAMES);
+    cpu::MultilabelLossArguments loss{multilabel.arguments, 1};
+    MultilabelArguments& call = loss.call;
+    const bool reduced = reduction != "none";
+    check_labels(call, call.rows);
+    double divisor = 1;
+    if (normalizer) {
+      divisor = normalizer->item<double>();
+    } else if (reduction == "mean") {
+      int64_t valid = call.labels ? 0 : call.rows;
+      for (int64_t row = 0; call.labels && row < call.rows; ++row) valid += call.labels[row] != call.ignore_index;
+      divisor = static_cast<double>(valid);
+    }
+    if (normalizer && divisor == 0) {  // gives 0, whatever the rows hold
+      if (d_logits.defined()) d_logits.zero_();
+      return empty_result(logits, {}).zero_();
+    }
+    loss.inverse_divisor = 1 / divisor;
+    if (upstream && reduced) loss.inverse_divisor *= upstream->item<double>();
+    if (upstream && !reduced) call.upstream = multilabel.vector("upstream", upstream, call.rows);
+    const Tensor losses = upstream ? Tensor() : empty_result(logits, {call.rows});
+    if (losses.defined()) call.losses = losses.mutable_data_ptr();
+    const auto* const kernels = cpu::multilabel_kernels();
+    const auto run = kernels->loss[static_cast<int>(call.dtype)];
+    const auto bytes = (static_cast<int64_t>(kernels->scratch_bytes(call)) + 63) / 64 * 64;
+    const Tensor scratch = at::empty({at::get_num_threads() * bytes}, at::kByte);
+    uint8_t* const memory = scratch.mutable_data_ptr<uint8_t>();
+    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, call.classes));
+    at::parallel_for(0, call.rows, grain, [&](int64_t first, int64_t last) {
+      run(loss, first, last, memory + at::get_thread_num() * bytes);
+    });
+    if (!reduced || upstream) return losses;
+    const auto sum = [&](const auto* of_rows) { return sum_of(call.rows, [&](int64_t row) { return of_rows[row]; }); };
+    const double total =
+        call.dtype == Dtype::float64 ? sum(losses.const_data_ptr<double>()) : sum(losses.const_data_ptr<float>());
+    return empty_result(logits, {}).fill_(total / divisor);
+  }
+
+  // Calls run(first_tile, last_tile, scratch) over all tiles, from torch's threads.
+  template <class Run>
+  static void for_column_tiles(const ColumnSumsArguments& call, const Run& run) {
+    const auto* const kernels = cpu::column_sums_kernels();
+    const auto bytes = (static_cast<int64_t>(kernels->scratch_bytes(call)) + 63) / 64 * 64;
+    const Tensor scratch = at::empty({at::get_num_threads() * bytes}, at::kByte);
+    uint8_t* const memory = scratch.mutable_data_ptr<uint8_t>();
+    const int64_t tiles = kernels->tiles(call), logits = call.rows() * call.classes;
+    const int64_t grain = std::max<int64_t>(1, kGrain * tiles / std::max<int64_t>(1, logits));
+    at::parallel_for(0, tiles, grain,
+                     [&](int64_t first, int64_t last) { run(first, last, memory + at::get_thread_num() * bytes); });
+  }
+
+  // Sums (3, C).
+  static Tensor column_sums(const Tensor& logits, const ColumnSumsCall& columns) {
+    const ColumnSumsArguments& call = columns.arguments;
+    check_labels(call, call.rows());
+    const auto* const kernels = cpu::column_sums_kernels();
+    const int64_t parts = kernels->parts(call), width = 3 * call.classes;
+    const Tensor sums = at::empty({parts, width}, at::kDouble);
+    double* const of_parts = sums.mutable_data_ptr<double>();
+    const auto run = kernels->sums[static_cast<int>(call.dtype)];
+    for_column_tiles(call,
+                     [&](int64_t first, int64_t last, void* scratch) { run(call, first, last, scratch, of_parts); });
+    const Tensor result = empty_result(logits, {3, call.classes});
+    const auto add_up = [&](auto* totals) {
+      const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, parts));
+      at::parallel_for(0, width, grain, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) {
+          double total = 0;
+          for (int64_t part = 0; part < parts; ++part) total += of_parts[part * width + i];
+          totals[i] = static_cast<std::remove_reference_t<decltype(*totals)>>(total);
+        }
+      });
+    };
+    if (call.dtype == Dtype::float64) {
+      add_up(result.mutable_data_ptr<double>());
+    } else {
+      add_up(result.mutable_data_ptr<float>());
+    }
+    return result;
+  }
+
+  static void column_sums_gradient(const ColumnSumsCall& columns) {
+    const ColumnSumsArguments& call = columns.arguments;
+    check_labels(call, call.rows());
+    const auto run = cpu::column_sums_kernels()->gradient[static_cast<int>(call.dtype)];
+    for_column_tiles(call, [&](int64_t first, int64_t last, void* scratch) { run(call, first, last, scratch); });
   }
 
   static void split_rows(const Split& split, const SplitVectors& out) {
@@ -592,6 +788,18 @@ struct Cuda {
 
   static Tensor sigmoid_loss(const Tensor& logits, const Tensor&, const OptionalTensor&, SIGMOID_PARAMETERS) {
     TORCH_CHECK_NOT_IMPLEMENTED(false, "sigmoid_loss has no CUDA kernel");
+  }
+
+  static Tensor multilabel_softmax(const Tensor&, const Tensor&, const OptionalTensor&, MULTILABEL_PARAMETERS) {
+    TORCH_CHECK_NOT_IMPLEMENTED(false, "multilabel_softmax has no CUDA kernel: use impl='triton' or 'reference'");
+  }
+
+  static Tensor column_sums(const Tensor&, const ColumnSumsCall&) {
+    TORCH_CHECK_NOT_IMPLEMENTED(false, "column_sums has no CUDA kernel: use impl='triton' or 'reference'");
+  }
+
+  static void column_sums_gradient(const ColumnSumsCall&) {
+    TORCH_CHECK_NOT_IMPLEMENTED(false, "column_sums has no CUDA kernel: use impl='triton' or 'reference'");
   }
 
   static void split_rows(const Split& split, const SplitVectors& out) {
@@ -682,6 +890,61 @@ void sigmoid_loss_backward_(const Tensor& logits, SIGMOID_PARAMETERS, const Tens
   Device::sigmoid_loss(logits, logits, upstream, SIGMOID_NAMES);
 }
 
+// ---------------------------------------------------------------- multilabel_softmax
+
+// Device::multilabel_softmax is as Device::loss.
+
+template <class Device>
+std::tuple<Tensor, Tensor> multilabel_softmax(const Tensor& logits, MULTILABEL_PARAMETERS, bool with_gradient) {
+  const Tensor d_logits = with_gradient ? Device::empty_gradient(logits) : Tensor();
+  const Tensor loss = Device::multilabel_softmax(logits, d_logits, std::nullopt, MULTILABEL_NAMES);
+  return {loss, with_gradient ? d_logits : at::empty({0}, logits.options())};
+}
+
+template <class Device>
+Tensor multilabel_softmax_(const Tensor& logits, MULTILABEL_PARAMETERS) {
+  TORCH_CHECK_VALUE(reduction != "none",
+                    "multilabel_softmax_ needs the upstream gradient of 'none': multilabel_softmax_backward_");
+  return Device::multilabel_softmax(logits, logits, std::nullopt, MULTILABEL_NAMES);
+}
+
+template <class Device>
+Tensor multilabel_softmax_backward(const Tensor& logits, MULTILABEL_PARAMETERS, const Tensor& upstream) {
+  const Tensor d_logits = Device::empty_gradient(logits);
+  Device::multilabel_softmax(logits, d_logits, upstream, MULTILABEL_NAMES);
+  return d_logits;
+}
+
+template <class Device>
+void multilabel_softmax_backward_(const Tensor& logits, MULTILABEL_PARAMETERS, const Tensor& upstream) {
+  Device::multilabel_softmax(logits, logits, upstream, MULTILABEL_NAMES);
+}
+
+// ---------------------------------------------------------------- column_sums
+
+#define COLUMN_SUMS_SCHEMA "Tensor target, Tensor? sample_weight, int ignore_index"
+#define COLUMN_SUMS_PARAMETERS const Tensor &target, const OptionalTensor &sample_weight, int64_t ignore_index
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> column_sums(const Tensor& logits, COLUMN_SUMS_PARAMETERS) {
+  const c10::DeviceGuard guard(logits.device());
+  const Tensor sums = Device::column_sums(logits, ColumnSumsCall(logits, target, sample_weight, ignore_index));
+  return {sums[0].clone(), sums[1].clone(), sums[2].clone()};  // no views of one another: torch asks for that
+}
+
+template <class Device>
+Tensor column_sums_backward(const Tensor& logits, COLUMN_SUMS_PARAMETERS, const Tensor& d_predicted,
+                            const Tensor& d_true_positives) {
+  const c10::DeviceGuard guard(logits.device());
+  const Tensor d_logits = Device::empty_gradient(logits);
+  ColumnSumsCall columns(logits, target, sample_weight, ignore_index);
+  columns.arguments.d_predicted = columns.vector("d_predicted", d_predicted, logits.size(1));
+  columns.arguments.d_true_positives = columns.vector("d_true_positives", d_true_positives, logits.size(1));
+  columns.arguments.d_logits = d_logits.mutable_data_ptr();
+  Device::column_sums_gradient(columns);
+  return d_logits;
+}
+
 // ---------------------------------------------------------------- target_and_rest
 
 template <class Device>
@@ -745,6 +1008,15 @@ void define_operations(torch::Library& m) {
   m.def("sigmoid_loss_(Tensor(a!) logits, " SIGMOID_SCHEMA ") -> Tensor loss");
   m.def("sigmoid_loss_backward(Tensor logits, " SIGMOID_SCHEMA ", Tensor upstream) -> Tensor d_logits");
   m.def("sigmoid_loss_backward_(Tensor(a!) logits, " SIGMOID_SCHEMA ", Tensor upstream) -> ()");
+  m.def("multilabel_softmax(Tensor logits, " MULTILABEL_SCHEMA
+        ", bool with_gradient) -> (Tensor loss, Tensor d_logits)");
+  m.def("multilabel_softmax_(Tensor(a!) logits, " MULTILABEL_SCHEMA ") -> Tensor loss");
+  m.def("multilabel_softmax_backward(Tensor logits, " MULTILABEL_SCHEMA ", Tensor upstream) -> Tensor d_logits");
+  m.def("multilabel_softmax_backward_(Tensor(a!) logits, " MULTILABEL_SCHEMA ", Tensor upstream) -> ()");
+  m.def("column_sums(Tensor logits, " COLUMN_SUMS_SCHEMA
+        ") -> (Tensor predicted, Tensor true_positives, Tensor positives)");
+  m.def("column_sums_backward(Tensor logits, " COLUMN_SUMS_SCHEMA
+        ", Tensor d_predicted, Tensor d_true_positives) -> Tensor d_logits");
   m.def("scale_(Tensor(a!) gradient, Tensor factor) -> ()");
   m.def("target_and_rest(Tensor logits, " SPLIT_SCHEMA
         ") -> (Tensor target_logit, Tensor rest, Tensor shift, Tensor weighted_logits, Tensor weight_sum)");
@@ -762,6 +1034,12 @@ void implement_operations(torch::Library& m) {
   m.impl("sigmoid_loss_", &sigmoid_loss_<Device>);
   m.impl("sigmoid_loss_backward", &sigmoid_loss_backward<Device>);
   m.impl("sigmoid_loss_backward_", &sigmoid_loss_backward_<Device>);
+  m.impl("multilabel_softmax", &multilabel_softmax<Device>);
+  m.impl("multilabel_softmax_", &multilabel_softmax_<Device>);
+  m.impl("multilabel_softmax_backward", &multilabel_softmax_backward<Device>);
+  m.impl("multilabel_softmax_backward_", &multilabel_softmax_backward_<Device>);
+  m.impl("column_sums", &column_sums<Device>);
+  m.impl("column_sums_backward", &column_sums_backward<Device>);
   m.impl("scale_", &scale_<Device>);
   m.impl("target_and_rest", &target_and_rest<Device>);
   m.impl("target_and_rest_backward", &target_and_rest_backward<Device>);

@@ -12,6 +12,7 @@ from imbalance_kernels.options import SigmoidOptions, SoftmaxOptions
 
 __all__ = [
     "LossArguments",
+    "MultilabelArguments",
     "SigmoidArguments",
     "SplitArguments",
     "loss_arguments",
@@ -82,6 +83,17 @@ class SigmoidArguments(NamedTuple):
     negative: float
     positive_weight: Tensor | None
     negative_weight: Tensor | None
+    bias: Tensor | None
+    sample_weight: Tensor | None
+    normalizer: Tensor | None
+    ignore_index: int
+    reduction: str
+
+
+class MultilabelArguments(NamedTuple):
+    """What a multi-label softmax is made of, as the schemas have it after the logits."""
+
+    target: Tensor
     bias: Tensor | None
     sample_weight: Tensor | None
     normalizer: Tensor | None

@@ -12,7 +12,14 @@ from imbalance_kernels.ops import layout
 from imbalance_kernels.ops.checks import check_class_vector, check_input, check_reduction, may_read_values
 from imbalance_kernels.options import SigmoidOptions, accumulate_dtype
 
-__all__ = ["Labels", "as_labels", "check_label_range", "check_label_weights", "check_sigmoid_options"]
+__all__ = [
+    "Labels",
+    "as_labels",
+    "check_label_range",
+    "check_label_weights",
+    "check_row_weights",
+    "check_sigmoid_options",
+]
 
 
 class Labels(NamedTuple):
@@ -44,11 +51,14 @@ class Labels(NamedTuple):
         return tensor.reshape(num_classes, *self.rows_shape).movedim(0, self.class_dim)  # one image of all rows
 
 
-def as_labels(input: Tensor, target: Tensor, class_dim: int) -> Labels:
-    """Return input and target as kernels see them, without a copy of the input where its layout allows it."""
+def as_labels(input: Tensor, target: Tensor, class_dim: int, planes: bool = True) -> Labels:
+    """Return input and target as kernels see them, without a copy of the input where its layout allows it.
+
+    Without `planes` they are rows: images with classes first are copied.
+    """
     class_dim = check_input(input, target, class_dim)
     are_rows = layout.are_rows(input.movedim(class_dim, -1))
-    are_planes = not are_rows and layout.are_planes(input, class_dim)
+    are_planes = planes and not are_rows and layout.are_planes(input, class_dim)
     logits = (layout.as_planes if are_planes else layout.as_rows)(input, class_dim)
     owned = not are_planes and not are_rows
     logits = logits.contiguous() if owned else logits
@@ -137,3 +147,13 @@ def check_label_weights(labels: Labels, sample_weight: Tensor | None) -> Tensor 
             f"input's {tuple(labels.shape)}"
         )
     return weight.reshape(-1).contiguous()
+
+
+def check_row_weights(labels: Labels, sample_weight: Tensor | None) -> Tensor | None:
+    """Return sample_weight (N,) in the accumulation dtype, of an operation that weights rows alone."""
+    if sample_weight is not None and sample_weight.shape != labels.rows_shape:
+        raise ValueError(
+            f"sample_weight has shape {tuple(sample_weight.shape)}, but it must be one number for each row, "
+            f"{tuple(labels.rows_shape)}"
+        )
+    return check_label_weights(labels, sample_weight)

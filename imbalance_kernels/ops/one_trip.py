@@ -17,28 +17,43 @@ import torch
 from torch import Tensor
 
 from imbalance_kernels.differentiation import anchor, graph_is_kept, once_differentiable
-from imbalance_kernels.ops.kernel_arguments import LossArguments, SigmoidArguments, loss_arguments, sigmoid_arguments
+from imbalance_kernels.ops.kernel_arguments import (
+    LossArguments,
+    MultilabelArguments,
+    SigmoidArguments,
+    loss_arguments,
+    sigmoid_arguments,
+)
 from imbalance_kernels.ops.kernels import kernels
-from imbalance_kernels.options import SigmoidOptions, SoftmaxOptions
+from imbalance_kernels.options import MultilabelOptions, SigmoidOptions, SoftmaxOptions
 
 __all__ = ["kernel_loss"]
 
+Options = SoftmaxOptions | SigmoidOptions | MultilabelOptions
+FAMILIES: dict[type, str] = {
+    SoftmaxOptions: "softmax_loss",
+    SigmoidOptions: "sigmoid_loss",
+    MultilabelOptions: "multilabel_softmax",
+}
 
-def operation(impl: str, options: SoftmaxOptions | SigmoidOptions, form: str = "") -> Callable[..., Any]:
+
+def operation(impl: str, options: Options, form: str = "") -> Callable[..., Any]:
     """Return the family's operation of an implementation: "", "_", "_backward" or "_backward_"."""
-    family = "softmax_loss" if isinstance(options, SoftmaxOptions) else "sigmoid_loss"
-    return getattr(kernels(impl), family + form)
+    return getattr(kernels(impl), FAMILIES[type(options)] + form)
 
 
 def arguments_of(
     target: Tensor,
-    options: SoftmaxOptions | SigmoidOptions,
+    options: Options,
     sample_weight: Tensor | None,
     normalizer: Tensor | None,
-) -> LossArguments | SigmoidArguments:
+) -> LossArguments | SigmoidArguments | MultilabelArguments:
     """Return what the operation takes after the logits."""
     if isinstance(options, SoftmaxOptions):
         return loss_arguments(target, options, sample_weight, normalizer)
+    if isinstance(options, MultilabelOptions):
+        of_rows = (options.bias, sample_weight, normalizer)
+        return MultilabelArguments(target, *of_rows, options.ignore_index, options.reduction)
     return sigmoid_arguments(target, options, sample_weight, normalizer)
 
 
@@ -53,7 +68,7 @@ class _LossAndGradient(torch.autograd.Function):
         target: Tensor,
         sample_weight: Tensor | None,
         normalizer: Tensor | None,
-        options: SoftmaxOptions | SigmoidOptions,
+        options: Options,
         impl: str,
     ) -> Tensor:
         arguments = arguments_of(target, options, sample_weight, normalizer)
@@ -90,7 +105,7 @@ class _LossThenGradient(torch.autograd.Function):
         target: Tensor,
         sample_weight: Tensor | None,
         normalizer: Tensor | None,
-        options: SoftmaxOptions | SigmoidOptions,
+        options: Options,
         impl: str,
     ) -> Tensor:
         ctx.save_for_backward(logits, target, sample_weight, normalizer, *options.class_vectors())
@@ -127,7 +142,7 @@ def kernel_loss(
     target: Tensor,
     sample_weight: Tensor | None,
     normalizer: Tensor | None,  # ()
-    options: SoftmaxOptions | SigmoidOptions,
+    options: Options,
     impl: str,
 ) -> Tensor:
     """Return the loss of `options` by an implementation's kernels, differentiable where the logits are."""
