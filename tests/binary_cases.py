@@ -1,4 +1,4 @@
-"""What the tests of binary objectives share: parameters, logits and labels to try, the specification, and tolerances."""
+"""What tests of binary objectives share: parameters, logits and labels to try, the specification, and tolerances."""
 
 import math
 

@@ -86,7 +86,7 @@ void evaluate(int kind, std::int64_t n, const T* x, const T* y, const T* paramet
 
 }  // namespace
 
-#define HARNESS(name, T, ...)                                                                             \
+#define HARNESS(name, T, ...)                                                                            \
   extern "C" void evaluate_##name(int kind, std::int64_t n, const T* x, const T* y, const T* parameters, \
                                   const int* halves, T* results) {                                       \
     evaluate<__VA_ARGS__>(kind, n, x, y, parameters, halves, results);                                   \

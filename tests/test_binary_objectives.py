@@ -1,4 +1,4 @@
-"""imbalance_kernels/binary_objectives.py, the specification: slopes are derivatives, and both equal literal formulas."""
+"""imbalance_kernels/binary_objectives.py, the specification: slopes are derivatives, both equal literal formulas."""
 
 import math
 
@@ -65,6 +65,17 @@ def hard(objective, x, y):
 WIDE = [*torch.linspace(-120, 120, 241).tolist(), 720.0, -720.0, 1e3, -1e3, 1e4, -1e4, math.inf, -math.inf]
 
 
+def truth_objective(name, parameters, label):
+    """The registry's objective that a hard label's cost is, but for the alpha of a varifocal loss and a clip."""
+    if name == "quality_focal":
+        return Focal(*parameters)
+    if name == "varifocal":
+        return CrossEntropy() if label else Focal(parameters[0])
+    if name == "asymmetric":
+        return Focal(parameters[1]) if label else Focal(parameters[0])
+    return REGISTRY[name](*parameters)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name, parameters", CASES)
 def test_hard_labels_cost_what_the_registry_says(name, parameters, dtype):
@@ -72,11 +83,7 @@ def test_hard_labels_cost_what_the_registry_says(name, parameters, dtype):
     x = torch.tensor(WIDE, dtype=dtype)
     for label in (0.0, 1.0):
         y = torch.full_like(x, label)
-        of = {
-            "quality_focal": lambda: Focal(*parameters),
-            "varifocal": lambda: CrossEntropy() if label else Focal(parameters[0]),
-            "asymmetric": lambda: Focal(parameters[1]) if label else Focal(parameters[0]),
-        }.get(name, lambda: REGISTRY[name](*parameters))()
+        of = truth_objective(name, parameters, label)
         factor = parameters[1] if name == "varifocal" and not label else 1.0
         if name == "asymmetric" and not label and parameters[2] > 0:
             continue  # see test_clip

@@ -111,4 +111,6 @@ def test_a_score_that_is_met_costs_nothing(harness, number):
     zero, half = np.zeros(3, dtype), np.full(3, 0.5, dtype)
     for beta in (1.0, 1.3, 2.0):
         for products in (False, True):
-            assert all((side == 0).all() for side in harness.evaluate(number, "quality_focal", (beta,), zero, half, products))
+            assert all(
+                (side == 0).all() for side in harness.evaluate(number, "quality_focal", (beta,), zero, half, products)
+            )

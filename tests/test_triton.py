@@ -563,9 +563,7 @@ def test_sigmoid_loss_across_every_tile_boundary(num_classes, dtype):
         weight = torch.rand(num_classes)
         for logits in (wide[:, :num_classes], wide[:, :num_classes].contiguous()):
             options = {"pos_weight": weight, "reduction": "sum"}
-            right, exact = oracle.loss_and_gradient(
-                logits, 1.0, function=sigmoid_oracle.loss, target=target, **options
-            )
+            right, exact = oracle.loss_and_gradient(logits, 1.0, function=sigmoid_oracle.loss, target=target, **options)
             loss, gradient = sigmoid_call(logits, target, **options)
             assert float(loss) == pytest.approx(float(right), rel=2e-6)
             assert oracle.worst_row_error(gradient, exact) <= (8e-3 if dtype == torch.bfloat16 else 2e-6)

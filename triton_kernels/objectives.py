@@ -2,8 +2,8 @@
 
 Mirrors imbalance_kernels/objectives.py, the specification, by name. Notation: p = sigmoid(d), n = 1 - p = sigmoid(-d),
 l = log p. No objective divides by n, so confident rows give no NaN. A kernel gets one function of `OBJECTIVES` as a
-compile-time constant; `first` may differ from row to row (per-class gamma), `second` does not. An exponent that is known
-at compile time to be a multiple of one half, `halves` of it, makes powers of products and a root.
+compile-time constant; `first` may differ from row to row (per-class gamma), `second` does not. Where an exponent is
+known at compile time to be a multiple of one half, `halves` of it, its powers are products and a root.
 """
 
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ import triton.language as tl
 
 from imbalance_kernels.triton_kernels.math import exp_nonpositive, expm1_nonpositive, log1p_unit
 
-__all__ = ["OBJECTIVES", "Truth", "cross_entropy", "flipped", "focal", "power_of", "truth_of"]
+__all__ = ["OBJECTIVES", "Truth", "flipped", "power_of", "truth_of"]
 
 
 class Truth(NamedTuple):

@@ -173,7 +173,7 @@ def _image_tile(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """A tile of one image (COLUMNS, ROWS): its pixels are rows. Classes come first, so that labels stay in the cache."""
+    """A tile of one image (COLUMNS, ROWS): its pixels are rows. Classes go first: labels stay in the cache."""
     class_blocks = tl.cdiv(classes, COLUMNS)
     pixel_blocks = tl.cdiv(pixels, ROWS)
     program = tl.program_id(0).to(tl.int64)
@@ -245,9 +245,7 @@ def _hard_labels(x, positive, first, numbers, objective: tl.constexpr, hard: tl.
 
 
 @triton.jit
-def _soft_labels(
-    x, y, positive_weight, negative_weight, first, numbers, objective: tl.constexpr, soft: tl.constexpr
-):
+def _soft_labels(x, y, positive_weight, negative_weight, first, numbers, objective: tl.constexpr, soft: tl.constexpr):
     """Return value and slope in x where labels are between, weighted."""
     value, slope, negative_value, negative_slope = soft(truth_of(x), y, first, numbers, objective)
     positive = y * positive_weight
