@@ -170,6 +170,7 @@ EQUIVALENT = {
     (CPP_BINARY, "focal_sides", "M::select(positive, t.log_n", "guard dropped"): "the same",
     (TRITON_BINARY, "_focal_sides", "tl.where(y == 1, t.log_n", "guard dropped"): "the same",
     (TRITON_BINARY, "_focal_sides", "tl.where(y == 1, t.log_n", "which label"): "the same",
+    (TRITON_BINARY, "_clipped_focal", "cost = tl.where(small", "zero to one"): "stands where the other branch counts",
 }
 
 
