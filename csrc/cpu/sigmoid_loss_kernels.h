@@ -2,12 +2,13 @@
 //
 // Logits are taken in blocks that fit the L1 cache: whole rows, a piece of a wide row, or the pixels of one class. What
 // stands beside a block's logits is staged first, as numbers: labels (never one-hot for more than a block), the weights
-// of rows, and for rows that share a block the class vectors, repeated. One loop then does a block, of a code of its own
-// for each objective. Nothing of the logits' size but the gradient is ever allocated.
+// of rows, and for rows that share a block the class vectors, repeated. One loop then does a block, of a code of its
+// own for each objective. Nothing of the logits' size but the gradient is ever allocated.
 //
 // One source for AVX-512, AVX2, SSE2 and NEON: sigmoid_loss_<instruction set>.cpp includes it.
 #pragma once
 
+#include "../sigmoid_objectives.h"
 #include "packs.h"
 #include "sigmoid_loss.h"
 
@@ -55,123 +56,6 @@ struct Block {
   T scale;              // of the gradient
   T* losses;            // null: their sum alone
   S* gradient;          // null: the losses alone
-};
-
-// ---------------------------------------------------------------- objectives: what a hard label costs, and a soft one
-
-// One of the registry. `parameter` is its first, which may differ from class to class.
-template <ObjectiveKind kind>
-struct OfRegistry {
-  double second;
-
-  template <class L>
-  IMBALANCE_INLINE ValueAndSlope<L> hard(const Truth<L>& t, typename L::Mask, L parameter) const {
-    return evaluate(kind, t, parameter, L(static_cast<typename L::Scalar>(second)));
-  }
-  template <class L>
-  IMBALANCE_INLINE Sides<L> soft(const Truth<L>& t, L y, L parameter) const {
-    if constexpr (kind == ObjectiveKind::focal) {
-      return focal_sides(t, y, parameter);
-    } else {
-      return mixed_sides(t, [&](const Truth<L>& side) IMBALANCE_LAMBDA { return hard(side, typename L::Mask(), parameter); });
-    }
-  }
-};
-
-// The same with a power that is made of products.
-struct FocalOfProducts {
-  HalfExponent gamma;
-
-  template <class L>
-  IMBALANCE_INLINE ValueAndSlope<L> hard(const Truth<L>& t, typename L::Mask, L) const {
-    return focal(t, gamma);
-  }
-  template <class L>
-  IMBALANCE_INLINE Sides<L> soft(const Truth<L>& t, L y, L) const {
-    return focal_sides(t, y, gamma);
-  }
-};
-
-struct PolyFocalOfProducts {
-  HalfExponent gamma;
-  double epsilon;
-
-  template <class L>
-  IMBALANCE_INLINE ValueAndSlope<L> hard(const Truth<L>& t, typename L::Mask, L) const {
-    return poly_focal(t, gamma, L(static_cast<typename L::Scalar>(epsilon)));
-  }
-  template <class L>
-  IMBALANCE_INLINE Sides<L> soft(const Truth<L>& t, L, L) const {
-    return mixed_sides(t, [&](const Truth<L>& side) IMBALANCE_LAMBDA { return hard(side, typename L::Mask(), L()); });
-  }
-};
-
-// An exponent that is no product, for every lane.
-template <class L>
-IMBALANCE_INLINE L exponent(double gamma) {
-  return L(static_cast<typename L::Scalar>(gamma));
-}
-template <class L>
-IMBALANCE_INLINE HalfExponent exponent(HalfExponent gamma) {
-  return gamma;
-}
-
-template <class Exponent>
-struct QualityFocal {
-  Exponent beta;
-
-  template <class L>
-  IMBALANCE_INLINE ValueAndSlope<L> hard(const Truth<L>& t, typename L::Mask, L) const {
-    return focal(t, exponent<L>(beta));
-  }
-  template <class L>
-  IMBALANCE_INLINE Sides<L> soft(const Truth<L>& t, L y, L) const {
-    return quality_focal_sides(t, y, exponent<L>(beta));
-  }
-};
-
-template <class Exponent>
-struct Varifocal {
-  Exponent gamma;
-  double alpha;
-
-  template <class L>
-  IMBALANCE_INLINE ValueAndSlope<L> hard(const Truth<L>& t, typename L::Mask positive, L) const {
-    using M = Math<L>;
-    const ValueAndSlope<L> of_positive = cross_entropy(t), of_negative = focal(t, exponent<L>(gamma));
-    const L weight(static_cast<typename L::Scalar>(alpha));
-    return {M::select(positive, of_positive.value, weight * of_negative.value),
-            M::select(positive, of_positive.slope, weight * of_negative.slope)};
-  }
-  template <class L>
-  IMBALANCE_INLINE Sides<L> soft(const Truth<L>& t, L y, L) const {
-    return varifocal_sides(t, y, exponent<L>(gamma), L(static_cast<typename L::Scalar>(alpha)));
-  }
-};
-
-template <class Exponent>
-struct Asymmetric {
-  Exponent gamma_neg;
-  Exponent gamma_pos;
-  double clip;
-
-  template <class L>
-  IMBALANCE_INLINE ValueAndSlope<L> of_negative(const Truth<L>& t) const {
-    if (clip == 0) return focal(t, exponent<L>(gamma_neg));
-    return clipped_focal(t, exponent<L>(gamma_neg), L(static_cast<typename L::Scalar>(clip)));
-  }
-  template <class L>
-  IMBALANCE_INLINE ValueAndSlope<L> hard(const Truth<L>& t, typename L::Mask positive, L) const {
-    using M = Math<L>;
-    const ValueAndSlope<L> of_positive = focal(t, exponent<L>(gamma_pos)), negative = of_negative(t);
-    return {M::select(positive, of_positive.value, negative.value),
-            M::select(positive, of_positive.slope, negative.slope)};
-  }
-  template <class L>
-  IMBALANCE_INLINE Sides<L> soft(const Truth<L>& t, L, L) const {
-    const ValueAndSlope<L> negative = of_negative(t.flipped());
-    return {focal(t, exponent<L>(gamma_pos)), {negative.value, -negative.slope}};
-  }
 };
 
 // ---------------------------------------------------------------- a block
@@ -230,54 +114,29 @@ struct BlockLoss {
   double (*soft)(const Block<S>&, const void* objective);
 };
 
-inline bool is_product(double exponent) { return exponent * 2 == std::floor(exponent * 2) && exponent * 2 <= kMostHalves; }
-inline HalfExponent as_product(double exponent) { return {static_cast<int>(exponent * 2)}; }
-
-// run(objective) with the type that stands for the call's objective.
-template <class Run>
-void with_objective(const SigmoidArguments& call, const Run& run) {
-  const double first = call.objective_parameters[0], second = call.objective_parameters[1];
-  const bool products = !call.class_parameter && is_product(first);
-  switch (call.objective) {
-    case BinaryObjectiveKind::cross_entropy:
-      return run(OfRegistry<ObjectiveKind::cross_entropy>{0});
-    case BinaryObjectiveKind::focal:
-      if (products) return run(FocalOfProducts{as_product(first)});
-      return run(OfRegistry<ObjectiveKind::focal>{0});
-    case BinaryObjectiveKind::hard_truncation:
-      return run(OfRegistry<ObjectiveKind::hard_truncation>{0});
-    case BinaryObjectiveKind::soft_truncation:
-      return run(OfRegistry<ObjectiveKind::soft_truncation>{0});
-    case BinaryObjectiveKind::poly:
-      return run(OfRegistry<ObjectiveKind::poly>{0});
-    case BinaryObjectiveKind::poly_focal:
-      if (products) return run(PolyFocalOfProducts{as_product(first), second});
-      return run(OfRegistry<ObjectiveKind::poly_focal>{second});
-    case BinaryObjectiveKind::gce:
-      return run(OfRegistry<ObjectiveKind::gce>{0});
-    case BinaryObjectiveKind::smooth_accuracy:
-      return run(OfRegistry<ObjectiveKind::smooth_accuracy>{0});
-    case BinaryObjectiveKind::token_scaled:
-      return run(OfRegistry<ObjectiveKind::token_scaled>{0});
-    case BinaryObjectiveKind::quality_focal:
-      if (products) return run(QualityFocal<HalfExponent>{as_product(first)});
-      return run(QualityFocal<double>{first});
-    case BinaryObjectiveKind::varifocal:
-      if (products) return run(Varifocal<HalfExponent>{as_product(first), second});
-      return run(Varifocal<double>{first, second});
-    case BinaryObjectiveKind::asymmetric: {
-      const double clip = call.objective_parameters[2];
-      if (products && is_product(second)) {
-        return run(Asymmetric<HalfExponent>{as_product(first), as_product(second), clip});
-      }
-      return run(Asymmetric<double>{first, second, clip});
-    }
+// Exponents that are products have loops of their own.
+struct ProductExponents {
+  static IMBALANCE_INLINE bool is_product(double exponent) {
+    return exponent * 2 == std::floor(exponent * 2) && exponent * 2 <= kMostHalves;
   }
-}
+  static IMBALANCE_INLINE HalfExponent as_product(double exponent) { return {static_cast<int>(exponent * 2)}; }
+
+  template <class Body>
+  static IMBALANCE_INLINE void choose(double gamma, const Body& body) {
+    if (is_product(gamma)) return body(as_product(gamma));
+    return body(gamma);
+  }
+  template <class Body>
+  static IMBALANCE_INLINE void choose(double first, double second, const Body& body) {
+    if (is_product(first) && is_product(second)) return body(as_product(first), as_product(second));
+    return body(first, second);
+  }
+};
 
 // ---------------------------------------------------------------- tiles
 
-// How the logits are cut: into whole rows that share a block, pieces of one row, or pixels of one image, class by class.
+// How the logits are cut: into whole rows that share a block, pieces of one row, or pixels of one image, class by
+// class.
 struct Tiling {
   int64_t rows;    // of a block; 0: pieces, or pixels
   int64_t pieces;  // of a row, or of an image's pixels
@@ -285,8 +144,8 @@ struct Tiling {
 
   explicit Tiling(const SigmoidArguments& call) {
     const auto blocks = [](int64_t n) { return (n + kSigmoidBlock - 1) / kSigmoidBlock; };
-    const bool dense_rows = call.image_stride == call.classes &&
-                            (!call.d_logits || call.gradient_image_stride == call.classes);
+    const bool dense_rows =
+        call.image_stride == call.classes && (!call.d_logits || call.gradient_image_stride == call.classes);
     rows = 0;
     pieces = call.pixels > 0 ? blocks(call.pixels) : blocks(call.classes);
     tiles = call.images * pieces;
@@ -305,7 +164,7 @@ class Tiles {
   using L = Lanes<T, Bytes>;
 
   static constexpr Beside<T> Block<S>::* kVectors[] = {&Block<S>::positive, &Block<S>::negative, &Block<S>::bias,
-                                                      &Block<S>::parameter};
+                                                       &Block<S>::parameter};
   static constexpr int64_t kArrays = 7;
   static int64_t scratch_numbers() { return kArrays * kSigmoidBlock; }
 
@@ -372,12 +231,14 @@ class Tiles {
     const int64_t count = smaller(tiling_.rows, call_.images - first_row);
     const auto each_label = [&](T value) {
       if (is_dense()) return;
-      for (int64_t row = 0; row < count; ++row) set_labels(first_row + row, 0, call_.classes, labels_ + row * call_.classes, value);
+      for (int64_t row = 0; row < count; ++row)
+        set_labels(first_row + row, 0, call_.classes, labels_ + row * call_.classes, value);
     };
     each_label(T(1));
     const int64_t place = first_row * call_.classes;
     stage_weights(first_row, count, call_.classes, place);
-    const double sum = run(place, first_row * call_.image_stride, first_row * call_.gradient_image_stride, count * call_.classes);
+    const double sum =
+        run(place, first_row * call_.image_stride, first_row * call_.gradient_image_stride, count * call_.classes);
     each_label(T(0));
     return sum;
   }
@@ -424,7 +285,8 @@ class Tiles {
           }
         }
       }
-      if (call_.weight_of_logits) stage_weights_of_pixels(first_row, count, static_cast<const T*>(call_.sample_weight) + place);
+      if (call_.weight_of_logits)
+        stage_weights_of_pixels(first_row, count, static_cast<const T*>(call_.sample_weight) + place);
       sum += run(place, image * call_.image_stride + c * call_.class_stride + first,
                  image * call_.gradient_image_stride + c * call_.gradient_class_stride + first, count);
     }
@@ -452,8 +314,9 @@ class Tiles {
       block_.labels = static_cast<const T*>(call_.dense) + place;
     } else {
       const S* const from = static_cast<const S*>(call_.dense) + place;
-      for_packs<L>(count, [&](auto whole, int64_t i, int64_t n, int)
-                              IMBALANCE_LAMBDA { store_pack(whole, labels_ + i, n, load_pack<L>(whole, from + i, n, T(0))); });
+      for_packs<L>(count, [&](auto whole, int64_t i, int64_t n, int) IMBALANCE_LAMBDA {
+        store_pack(whole, labels_ + i, n, load_pack<L>(whole, from + i, n, T(0)));
+      });
     }
     typename L::Mask soft{};
     for_packs<L>(count, [&](auto whole, int64_t i, int64_t n, int) IMBALANCE_LAMBDA {
@@ -489,8 +352,9 @@ class Tiles {
   void stage_weights_of_pixels(int64_t first_row, int64_t count, const T* of_logits) {
     bool any_ignored = false;
     for (int64_t i = 0; call_.labels && i < count; ++i) any_ignored |= ignored(first_row + i);
-    const T* const given =
-        of_logits ? of_logits : call_.sample_weight ? static_cast<const T*>(call_.sample_weight) + first_row : nullptr;
+    const T* const given = of_logits             ? of_logits
+                           : call_.sample_weight ? static_cast<const T*>(call_.sample_weight) + first_row
+                                                 : nullptr;
     block_.weight = given;
     if (!any_ignored) return;
     for (int64_t i = 0; i < count; ++i) weights_[i] = ignored(first_row + i) ? T(0) : given ? given[i] : T(1);
@@ -500,7 +364,7 @@ class Tiles {
 
 template <class S, int Bytes>
 void sigmoid_tiles(const SigmoidLossArguments& arguments, int64_t first, int64_t last, void* scratch, double* sums) {
-  with_objective(arguments.call, [&](const auto& objective) {
+  with_objective<ProductExponents>(arguments.call, [&](const auto& objective) {
     using Objective = std::decay_t<decltype(objective)>;
     const BlockLoss<S> loss{block_loss<S, Bytes, Objective, false>, block_loss<S, Bytes, Objective, true>};
     Tiles<S, Bytes> tiles(arguments, scratch, loss, &objective);
