@@ -75,7 +75,7 @@ class Candidate:
     gradient: Callable[[], Tensor] | None = None
 
 
-class _Produce(torch.autograd.Function):
+class Produce(torch.autograd.Function):
     """Stands for the layer that made the logits: hands them out as no leaf, and has no use for their gradient."""
 
     @staticmethod
@@ -124,7 +124,7 @@ def _in_place(problem: Problem, loss: Loss, name: str, formula: Formula) -> Cand
     parameter = torch.zeros((), device=problem.logits.device, requires_grad=True)
 
     def step() -> Tensor:
-        value = formula(_Produce.apply(parameter, problem.buffer), problem.target)
+        value = formula(Produce.apply(parameter, problem.buffer), problem.target)
         value.backward()
         return value
 

@@ -10,14 +10,17 @@ namespace imbalance {
 
 enum class Dtype : int { float32, float64, bfloat16, float16 };
 
-// Class vectors (C,) and row vectors (N,) are float, or double where the logits are; null is absent.
+// Class vectors (C,) and row vectors (N,) are float, or double where the logits are; null is absent. Logits are rows,
+// or, for a loss alone, channels-first: B images of P pixels, where row b * P + p is the classes of pixel p of image b.
 struct SplitArguments {
-  Dtype dtype;           // of logits and of their gradient
-  std::int64_t classes;  // C
-  const void* logits;    // (N, C)
-  std::int64_t row_stride;
+  Dtype dtype;                          // of logits and of their gradient
+  std::int64_t classes;                 // C
+  std::int64_t pixels;                  // P of channels-first logits (B, C, P); 0: logits are rows (N, C)
+  const void* logits;                   // (N, C) or (B, C, P), its last stride 1
+  std::int64_t row_stride;              // of rows; of images where logits are channels-first
+  std::int64_t class_stride;            // of channels-first logits
   const std::int64_t* target;           // (N,), null for class probabilities
-  const void* probabilities;            // (N, C) contiguous
+  const void* probabilities;            // contiguous, in the logits' shape
   bool probabilities_are_logits_dtype;  // else float, or double where the logits are
   std::int64_t ignore_index;
 
@@ -56,10 +59,10 @@ struct SplitBackwardArguments {
 // How dense labels are stored.
 enum class LabelType : int { logits, accumulate, boolean };
 
-// Logits are rows (N, C) whose classes lie side by side, or images (B, C, P) whose pixels do; N = B * P. Of labels, lists
-// and dense there is one. Class vectors are (C,), and where they are null a number stands for them.
+// Logits are rows (N, C) whose classes lie side by side, or images (B, C, P) whose pixels do; N = B * P. Of labels,
+// lists and dense there is one. Class vectors are (C,), and where they are null a number stands for them.
 struct SigmoidArguments {
-  Dtype dtype;  // of logits and of their gradient
+  Dtype dtype;           // of logits and of their gradient
   std::int64_t images;   // B, or N of rows
   std::int64_t classes;  // C
   std::int64_t pixels;   // P; 0: rows

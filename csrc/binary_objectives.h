@@ -1,5 +1,5 @@
-// Losses of one logit x with a label y in [0, 1]: what it costs as a positive, V+, and as a negative, V-, with slopes in
-// x.
+// Losses of one logit x with a label y in [0, 1]: what it costs as a positive, V+, and as a negative, V-, with slopes
+// in x.
 //
 //     loss = positive_weight y V+(x, y) + negative_weight (1 - y) V-(x, y)
 //
@@ -30,8 +30,8 @@ enum class BinaryObjectiveKind : int {
 
 // BINARY_REGISTRY's names, in the order of BinaryObjectiveKind.
 inline constexpr const char* kBinaryObjectiveNames[] = {
-    "cross_entropy", "focal", "hard_truncation", "soft_truncation", "poly",      "poly_focal",
-    "gce",           "smooth_accuracy", "token_scaled", "quality_focal", "varifocal", "asymmetric",
+    "cross_entropy", "focal",           "hard_truncation", "soft_truncation", "poly",      "poly_focal",
+    "gce",           "smooth_accuracy", "token_scaled",    "quality_focal",   "varifocal", "asymmetric",
 };
 
 template <class Number>
@@ -102,7 +102,8 @@ IMBALANCE_INLINE Sides<Number> quality_focal_sides(const Truth<Number>& t, Numbe
   missed.log_n = M::log(size);
   const Number power = missed.n_power(less_one(beta));  // |y - p|^(beta - 1)
   const Number variance = t.p * t.n;
-  const Number pull = M::select(M::equal(variance, Number(0)), Number(0), number_of<Number>(beta) * (variance * base.value));
+  const Number pull =
+      M::select(M::equal(variance, Number(0)), Number(0), number_of<Number>(beta) * (variance * base.value));
   const Number signed_pull = M::select(below, -pull, M::select(M::equal(miss, Number(0)), Number(0), pull));
   const ValueAndSlope<Number> both{power * size * base.value, power * (size * miss + signed_pull)};
   return {both, both};
@@ -125,18 +126,17 @@ IMBALANCE_INLINE ValueAndSlope<Number> clipped_focal(const Truth<Number>& t, Exp
   using M = Math<Number>;
   const Number zero(0), one(1);
   const auto counts = M::less(clip, t.n);
-  const Number m = M::select(counts, t.n - clip, zero);
-  const Number rest = M::select(counts, t.p + clip, one);  // 1 - m
-  // log(1 - m): of a small m by log1p, whose argument is at most 1; of a large one by the logarithm
-  const auto small = M::less(m, Number(0.5));
-  const Number cost = M::select(small, M::log1p_unit(M::select(small, m / rest, zero)), -M::log(rest));
-  const Number ratio = M::select(M::less(zero, m), cost / M::select(M::less(zero, m), m, one), one);
+  const Number limit = M::select(counts, clip, t.n);  // so that m is 0 below the clip, and a NaN stays one
+  const Number m = t.n - limit;
+  const Number rest = t.p + limit;  // 1 - m
+  const Number cost = -M::log1p(-m);
   Truth<Number> clipped = t;
   clipped.n = m;
-  clipped.log_n = M::log(m);
+  clipped.log_n = M::log(m);  // of a general power alone
   const Number power = clipped.n_power(gamma);
+  const Number ratio = M::select(M::less(zero, m), cost / M::select(M::less(zero, m), m, one), one);
   const Number slope = (t.p * t.n) * power * (one / rest + number_of<Number>(gamma) * ratio);
-  return {power * cost, -M::select(counts, slope, zero)};
+  return {power * cost, -M::select(counts, slope, m)};
 }
 
 }  // namespace imbalance

@@ -24,6 +24,8 @@
 #include <sys/mman.h>
 #endif
 
+#include "cpu/column_sums.h"
+#include "cpu/multilabel_softmax.h"
 #include "cpu/sigmoid_loss.h"
 #include "cpu/softmax_loss.h"
 
@@ -79,6 +81,12 @@ void check_rows(const Tensor& logits) {
   TORCH_CHECK_VALUE(logits.dim() == 2 && (logits.size(1) <= 1 || logits.stride(1) == 1), "logits must be (N, C) rows");
 }
 
+// Of a loss: rows, or channels-first.
+void check_logits(const Tensor& logits) {
+  if (logits.dim() != 3) return check_rows(logits);
+  TORCH_CHECK_VALUE(logits.size(2) <= 1 || logits.stride(2) == 1, "channels-first logits must be (B, C, P) of pixels");
+}
+
 void check_device(const char* name, const Tensor& tensor, const Tensor& logits) {
   TORCH_CHECK_VALUE(tensor.device() == logits.device(), name, " is on ", tensor.device(), ", but logits are on ",
                     logits.device());
@@ -110,11 +118,15 @@ class Split {
   SplitArguments arguments{};
 
   Split(const Tensor& logits, SPLIT_PARAMETERS) : logits_(logits) {
-    check_rows(logits);
+    check_logits(logits);
     arguments.dtype = dtype_of(logits);
     arguments.classes = logits.size(1);
     arguments.logits = logits.const_data_ptr();
     arguments.row_stride = logits.stride(0);
+    if (logits.dim() == 3) {
+      arguments.pixels = logits.size(2);
+      arguments.class_stride = logits.stride(1);
+    }
     check_device("target", target, logits);
     if (at::isFloatingType(target.scalar_type())) {
       TORCH_CHECK_VALUE(target.sizes() == logits.sizes(), "class probabilities must have the logits' shape");
@@ -122,7 +134,7 @@ class Split {
       const Tensor usable = arguments.probabilities_are_logits_dtype ? target : target.to(accumulate_type(logits));
       arguments.probabilities = keep(usable).const_data_ptr();
     } else {
-      TORCH_CHECK_VALUE(target.dim() == 1 && target.size(0) == logits.size(0), "target must be (N,)");
+      TORCH_CHECK_VALUE(target.dim() == 1 && target.size(0) == rows(), "target must be (N,)");
       arguments.target = keep(target.to(at::kLong)).const_data_ptr<int64_t>();
     }
     arguments.ignore_index = ignore_index;
@@ -154,7 +166,7 @@ class Split {
     return scalar ? keep(number(name, *scalar, logits_)).const_data_ptr() : nullptr;
   }
 
-  int64_t rows() const { return logits_.size(0); }
+  int64_t rows() const { return logits_.dim() == 3 ? logits_.size(0) * logits_.size(2) : logits_.size(0); }
   bool has_weights() const { return arguments.target == nullptr || arguments.label_smoothing > 0; }
 
  private:
@@ -210,6 +222,7 @@ LossArguments loss_arguments(Split& split, const Tensor& d_logits, LOSS_PARAMETE
   if (d_logits.defined()) {
     loss.d_logits = d_logits.mutable_data_ptr();
     loss.gradient_stride = d_logits.stride(0);
+    loss.gradient_class_stride = d_logits.stride(1);
   }
   return loss;
 }
@@ -327,32 +340,136 @@ class Labelled {
   }
 };
 
+#define MULTILABEL_SCHEMA \
+  "Tensor target, Tensor? bias, Tensor? sample_weight, Tensor? normalizer, int ignore_index, str reduction"
+#define MULTILABEL_PARAMETERS                                                            \
+  const Tensor &target, const OptionalTensor &bias, const OptionalTensor &sample_weight, \
+      const OptionalTensor &normalizer, int64_t ignore_index, std::string_view reduction
+#define MULTILABEL_NAMES target, bias, sample_weight, normalizer, ignore_index, reduction
+
+// Labels beside logits (N, C) or (B, C, P), and the tensors that own the memory of what kernels get.
+class BesideLogits {
+ public:
+  explicit BesideLogits(const Tensor& logits) : logits_(logits) {}
+
+  // Sets labels, lists or dense of a call's arguments.
+  template <class Arguments>
+  void set_labels(const Tensor& target, int64_t rows, Arguments* arguments) {
+    check_device("target", target, logits_);
+    const bool boolean = target.scalar_type() == at::kBool;
+    if (boolean || at::isFloatingType(target.scalar_type())) {
+      TORCH_CHECK_VALUE(target.sizes() == logits_.sizes(), "dense labels must have the logits' shape");
+      const bool as_logits = target.scalar_type() == logits_.scalar_type();
+      arguments->label_type = boolean ? LabelType::boolean : as_logits ? LabelType::logits : LabelType::accumulate;
+      arguments->dense = keep(boolean || as_logits ? target : target.to(accumulate_type(logits_))).const_data_ptr();
+      return;
+    }
+    TORCH_CHECK_VALUE((target.dim() == 1 || target.dim() == 2) && target.size(0) == rows,
+                      "target must be (N,) labels or (N, K) lists of classes");
+    const int64_t* const indices = keep(target.to(at::kLong)).const_data_ptr<int64_t>();
+    (target.dim() == 1 ? arguments->labels : arguments->lists) = indices;
+    arguments->list_length = target.dim() == 1 ? 0 : target.size(1);
+    // An empty list has no memory, and is a list nevertheless.
+    if (target.dim() == 2 && indices == nullptr) arguments->lists = &kNoLabel;
+  }
+
+  const void* vector(const char* name, const OptionalTensor& vector, int64_t size) {
+    if (!vector) return nullptr;
+    TORCH_CHECK_VALUE(vector->dim() == 1 && vector->size(0) == size, name, " must be (", size, ",)");
+    TORCH_CHECK_TYPE(vector->scalar_type() == accumulate_type(logits_), name, " must be ", accumulate_type(logits_));
+    check_device(name, *vector, logits_);
+    return keep(*vector).const_data_ptr();
+  }
+
+  const void* scalar(const char* name, const OptionalTensor& scalar) {
+    return scalar ? keep(number(name, *scalar, logits_)).const_data_ptr() : nullptr;
+  }
+
+ private:
+  static constexpr int64_t kNoLabel = 0;
+  const Tensor logits_;
+  std::vector<Tensor> kept_;
+
+  const Tensor& keep(const Tensor& tensor) { return kept_.emplace_back(tensor.contiguous()); }
+};
+
+// What the kernels of multilabel_softmax get.
+class MultilabelCall : public BesideLogits {
+ public:
+  MultilabelArguments arguments{};
+
+  MultilabelCall(const Tensor& logits, const Tensor& d_logits, MULTILABEL_PARAMETERS) : BesideLogits(logits) {
+    check_rows(logits);
+    arguments.dtype = dtype_of(logits);
+    arguments.rows = logits.size(0);
+    arguments.classes = logits.size(1);
+    arguments.logits = logits.const_data_ptr();
+    arguments.row_stride = logits.stride(0);
+    set_labels(target, arguments.rows, &arguments);
+    arguments.ignore_index = ignore_index;
+    TORCH_CHECK_VALUE(reduction == "none" || reduction == "sum" || reduction == "mean", "reduction is '", reduction,
+                      "'");
+    TORCH_CHECK_VALUE(!normalizer || normalizer->numel() == 1, "normalizer must be one number");
+    arguments.bias = vector("bias", bias, arguments.classes);
+    arguments.sample_weight = vector("sample_weight", sample_weight, arguments.rows);
+    if (d_logits.defined()) {
+      arguments.d_logits = d_logits.mutable_data_ptr();
+      arguments.gradient_stride = d_logits.stride(0);
+    }
+  }
+};
+
+// What the kernels of column_sums get.
+class ColumnSumsCall : public BesideLogits {
+ public:
+  ColumnSumsArguments arguments{};
+
+  ColumnSumsCall(const Tensor& logits, const Tensor& target, const OptionalTensor& sample_weight, int64_t ignore_index)
+      : BesideLogits(logits) {
+    const bool images = logits.dim() == 3;
+    TORCH_CHECK_VALUE(images || logits.dim() == 2, "logits must be (N, C) rows or (B, C, P) images");
+    TORCH_CHECK_VALUE(logits.size(-1) <= 1 || logits.stride(-1) == 1, "logits must have a last dimension of stride 1");
+    arguments.dtype = dtype_of(logits);
+    arguments.images = logits.size(0);
+    arguments.classes = logits.size(1);
+    arguments.pixels = images ? logits.size(2) : 0;
+    if (images && arguments.pixels == 0) arguments.images = 0;
+    arguments.logits = logits.const_data_ptr();
+    arguments.image_stride = logits.stride(0);
+    arguments.class_stride = images ? logits.stride(1) : 1;
+    set_labels(target, arguments.rows(), &arguments);
+    arguments.ignore_index = ignore_index;
+    arguments.sample_weight = vector("sample_weight", sample_weight, arguments.rows());
+  }
+};
+
 // ---------------------------------------------------------------- the CPU
 
 constexpr int64_t kHugePage = 2 << 20;
 constexpr int64_t kGrain = 16384;  // logits that are worth a thread
+constexpr int64_t kTargetGrain = 65536;
+constexpr int64_t kPixels = 64;  // that one thread takes, since they share cache lines
 
 // The sum of value(i) for i < n in double, in an order that depends on n alone.
 template <class Value>
 double sum_of(int64_t n, const Value& value) {
   double sums[8] = {};
-  for (int64_t i = 0; i < n; ++i) sums[i % 8] += value(i);
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    for (int k = 0; k < 8; ++k) sums[k] += value(i + k);
+  }
+  for (; i < n; ++i) sums[i % 8] += value(i);
   return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
 }
 
-// The mean's divisor: the sum of sample weight * class weight over rows that count.
+// The mean's divisor: the sum of sample weight * class weight over rows that count, of which there are `valid`.
 template <class T>
-double divisor_of(const cpu::LossArguments& loss, int64_t rows) {
+double divisor_of(const cpu::LossArguments& loss, int64_t rows, int64_t valid) {
   const auto* sample_weight = static_cast<const T*>(loss.sample_weight);
   const auto* class_weight = static_cast<const T*>(loss.split.class_weight);
   const int64_t* target = loss.split.target;
   const int64_t ignore_index = loss.split.ignore_index;
-  if (target == nullptr && sample_weight == nullptr) return static_cast<double>(rows);
-  if (class_weight == nullptr && sample_weight == nullptr) {
-    int64_t valid = 0;
-    for (int64_t row = 0; row < rows; ++row) valid += target[row] != ignore_index;
-    return static_cast<double>(valid);
-  }
+  if (sample_weight == nullptr && (target == nullptr || class_weight == nullptr)) return static_cast<double>(valid);
   return sum_of(rows, [&](int64_t row) {
     if (target != nullptr && target[row] == ignore_index) return 0.0;
     const double weight = sample_weight != nullptr ? sample_weight[row] : 1.0;
@@ -376,19 +493,26 @@ struct Cpu {
     return gradient;
   }
 
-  static void check_targets(const Split& split) {
+  // Returns how many rows count.
+  static int64_t check_targets(const Split& split) {
     const SplitArguments& arguments = split.arguments;
-    if (arguments.target == nullptr) return;
-    const auto outside = [&arguments](int64_t row) {
-      const int64_t target = arguments.target[row];
-      return (target < 0 || target >= arguments.classes) && target != arguments.ignore_index;
+    if (arguments.target == nullptr) return split.rows();
+    const auto count = [&arguments](int64_t first, int64_t last, cpu::TargetCounts before) {
+      const cpu::TargetCounts counts = cpu::kernels()->count_targets(arguments, first, last);
+      return cpu::TargetCounts{before.classes + counts.classes, before.outside + counts.outside};
     };
-    bool any = false;
-    for (int64_t row = 0; row < split.rows(); ++row) any |= outside(row);
-    for (int64_t row = 0; any && row < split.rows(); ++row) {
-      TORCH_CHECK_INDEX(!outside(row), "target ", arguments.target[row], " is out of bounds: it must be in [0, ",
-                        arguments.classes, ") or ignore_index=", arguments.ignore_index);
+    const auto add = [](cpu::TargetCounts a, cpu::TargetCounts b) {
+      return cpu::TargetCounts{a.classes + b.classes, a.outside + b.outside};
+    };
+    const auto counts = at::parallel_reduce(0, split.rows(), kTargetGrain, cpu::TargetCounts{0, 0}, count, add);
+    for (int64_t row = 0; counts.outside > 0 && row < split.rows(); ++row) {
+      const int64_t target = arguments.target[row];
+      const bool inside = target >= 0 && target < arguments.classes;
+      TORCH_CHECK_INDEX(inside || target == arguments.ignore_index, "target ", target,
+                        " is out of bounds: it must be in [0, ", arguments.classes,
+                        ") or ignore_index=", arguments.ignore_index);
     }
+    return counts.classes;
   }
 
   // Calls body(first_row, last_row, scratch) over all rows, from torch's threads.
@@ -397,9 +521,11 @@ struct Cpu {
     const int64_t bytes = (static_cast<int64_t>(cpu::kernels()->scratch_bytes(split.arguments)) + 63) / 64 * 64;
     const Tensor scratch = at::empty({at::get_num_threads() * bytes}, at::kByte);
     uint8_t* const memory = scratch.mutable_data_ptr<uint8_t>();
-    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, split.arguments.classes));
-    at::parallel_for(0, split.rows(), grain,
-                     [&](int64_t first, int64_t last) { body(first, last, memory + at::get_thread_num() * bytes); });
+    const int64_t unit = split.arguments.pixels > 0 ? kPixels : 1, rows = split.rows();
+    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, unit * split.arguments.classes));
+    at::parallel_for(0, (rows + unit - 1) / unit, grain, [&](int64_t first, int64_t last) {
+      body(first * unit, std::min(last * unit, rows), memory + at::get_thread_num() * bytes);
+    });
   }
 
   template <class T>
@@ -409,12 +535,12 @@ struct Cpu {
     auto loss = loss_arguments<cpu::LossArguments>(split, d_logits, LOSS_NAMES);
     const bool reduced = reduction != "none";
     if (upstream && !reduced) loss.upstream = split.row_vector("upstream", upstream);
-    check_targets(split);
+    const int64_t valid = check_targets(split);
     double divisor = 1;
     if (normalizer) {
       divisor = normalizer->item<double>();
     } else if (reduction == "mean") {
-      divisor = divisor_of<T>(loss, split.rows());
+      divisor = divisor_of<T>(loss, split.rows(), valid);
     }
     if (normalizer && divisor == 0) {  // gives 0, whatever the rows hold
       if (d_logits.defined()) d_logits.zero_();
@@ -439,10 +565,11 @@ struct Cpu {
   }
 
   // Labels are in [0, C], those of lists in [0, C), or ignored.
-  static void check_labels(const SigmoidArguments& call) {
+  template <class Arguments>
+  static void check_labels(const Arguments& call, int64_t rows) {
     const int64_t* const target = call.labels ? call.labels : call.lists;
     if (target == nullptr) return;
-    const int64_t count = call.rows() * (call.labels ? 1 : call.list_length);
+    const int64_t count = rows * (call.labels ? 1 : call.list_length);
     const int64_t last = call.classes - (call.labels ? 0 : 1);
     const auto outside = [&](int64_t i) {
       return (target[i] < 0 || target[i] > last) && target[i] != call.ignore_index;
@@ -461,7 +588,7 @@ struct Cpu {
     cpu::SigmoidLossArguments loss{labelled.arguments, 1};
     SigmoidArguments& call = loss.call;
     const bool reduced = reduction != "none";
-    check_labels(call);
+    check_labels(call, call.rows());
     double divisor = 1;
     if (normalizer) {
       divisor = normalizer->item<double>();
@@ -496,6 +623,96 @@ struct Cpu {
     });
     if (!reduced) return losses;
     return empty_result(logits, {}).fill_(sum_of(tiles, [&](int64_t tile) { return of_tiles[tile]; }) / divisor);
+  }
+
+  static Tensor multilabel_softmax(const Tensor& logits, const Tensor& d_logits, const OptionalTensor& upstream,
+                                   MULTILABEL_PARAMETERS) {
+    MultilabelCall multilabel(logits, d_logits, MULTILABEL_NAMES);
+    cpu::MultilabelLossArguments loss{multilabel.arguments, 1};
+    MultilabelArguments& call = loss.call;
+    const bool reduced = reduction != "none";
+    check_labels(call, call.rows);
+    double divisor = 1;
+    if (normalizer) {
+      divisor = normalizer->item<double>();
+    } else if (reduction == "mean") {
+      int64_t valid = call.labels ? 0 : call.rows;
+      for (int64_t row = 0; call.labels && row < call.rows; ++row) valid += call.labels[row] != call.ignore_index;
+      divisor = static_cast<double>(valid);
+    }
+    if (normalizer && divisor == 0) {  // gives 0, whatever the rows hold
+      if (d_logits.defined()) d_logits.zero_();
+      return empty_result(logits, {}).zero_();
+    }
+    loss.inverse_divisor = 1 / divisor;
+    if (upstream && reduced) loss.inverse_divisor *= upstream->item<double>();
+    if (upstream && !reduced) call.upstream = multilabel.vector("upstream", upstream, call.rows);
+    const Tensor losses = upstream ? Tensor() : empty_result(logits, {call.rows});
+    if (losses.defined()) call.losses = losses.mutable_data_ptr();
+    const auto* const kernels = cpu::multilabel_kernels();
+    const auto run = kernels->loss[static_cast<int>(call.dtype)];
+    const auto bytes = (static_cast<int64_t>(kernels->scratch_bytes(call)) + 63) / 64 * 64;
+    const Tensor scratch = at::empty({at::get_num_threads() * bytes}, at::kByte);
+    uint8_t* const memory = scratch.mutable_data_ptr<uint8_t>();
+    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, call.classes));
+    at::parallel_for(0, call.rows, grain, [&](int64_t first, int64_t last) {
+      run(loss, first, last, memory + at::get_thread_num() * bytes);
+    });
+    if (!reduced || upstream) return losses;
+    const auto sum = [&](const auto* of_rows) { return sum_of(call.rows, [&](int64_t row) { return of_rows[row]; }); };
+    const double total =
+        call.dtype == Dtype::float64 ? sum(losses.const_data_ptr<double>()) : sum(losses.const_data_ptr<float>());
+    return empty_result(logits, {}).fill_(total / divisor);
+  }
+
+  // Calls run(first_tile, last_tile, scratch) over all tiles, from torch's threads.
+  template <class Run>
+  static void for_column_tiles(const ColumnSumsArguments& call, const Run& run) {
+    const auto* const kernels = cpu::column_sums_kernels();
+    const auto bytes = (static_cast<int64_t>(kernels->scratch_bytes(call)) + 63) / 64 * 64;
+    const Tensor scratch = at::empty({at::get_num_threads() * bytes}, at::kByte);
+    uint8_t* const memory = scratch.mutable_data_ptr<uint8_t>();
+    const int64_t tiles = kernels->tiles(call), logits = call.rows() * call.classes;
+    const int64_t grain = std::max<int64_t>(1, kGrain * tiles / std::max<int64_t>(1, logits));
+    at::parallel_for(0, tiles, grain,
+                     [&](int64_t first, int64_t last) { run(first, last, memory + at::get_thread_num() * bytes); });
+  }
+
+  // Sums (3, C).
+  static Tensor column_sums(const Tensor& logits, const ColumnSumsCall& columns) {
+    const ColumnSumsArguments& call = columns.arguments;
+    check_labels(call, call.rows());
+    const auto* const kernels = cpu::column_sums_kernels();
+    const int64_t parts = kernels->parts(call), width = 3 * call.classes;
+    const Tensor sums = at::empty({parts, width}, at::kDouble);
+    double* const of_parts = sums.mutable_data_ptr<double>();
+    const auto run = kernels->sums[static_cast<int>(call.dtype)];
+    for_column_tiles(call,
+                     [&](int64_t first, int64_t last, void* scratch) { run(call, first, last, scratch, of_parts); });
+    const Tensor result = empty_result(logits, {3, call.classes});
+    const auto add_up = [&](auto* totals) {
+      const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, parts));
+      at::parallel_for(0, width, grain, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) {
+          double total = 0;
+          for (int64_t part = 0; part < parts; ++part) total += of_parts[part * width + i];
+          totals[i] = static_cast<std::remove_reference_t<decltype(*totals)>>(total);
+        }
+      });
+    };
+    if (call.dtype == Dtype::float64) {
+      add_up(result.mutable_data_ptr<double>());
+    } else {
+      add_up(result.mutable_data_ptr<float>());
+    }
+    return result;
+  }
+
+  static void column_sums_gradient(const ColumnSumsCall& columns) {
+    const ColumnSumsArguments& call = columns.arguments;
+    check_labels(call, call.rows());
+    const auto run = cpu::column_sums_kernels()->gradient[static_cast<int>(call.dtype)];
+    for_column_tiles(call, [&](int64_t first, int64_t last, void* scratch) { run(call, first, last, scratch); });
   }
 
   static void split_rows(const Split& split, const SplitVectors& out) {
@@ -542,8 +759,7 @@ struct Cuda {
     return result;
   }
 
-  static Tensor mean_divisor(const Tensor& logits, const cuda::LossArguments& loss) {
-    const int64_t rows = logits.size(0);
+  static Tensor mean_divisor(const Tensor& logits, int64_t rows, const cuda::LossArguments& loss) {
     const Tensor sums = empty_result(logits, {rows == 0 ? 0 : cuda::partial_sums(rows)});
     check_launch(cuda::weight_sums(loss, rows, sums.mutable_data_ptr(), current_stream()));
     return sums.numel() == 1 ? sums : sum(sums, {});
@@ -565,7 +781,7 @@ struct Cuda {
       loss.losses = losses.mutable_data_ptr();
     }
     if (reduction == "mean" && !normalizer) {
-      divisor = mean_divisor(logits, loss);
+      divisor = mean_divisor(logits, split.rows(), loss);
       loss.divisor = divisor.const_data_ptr();
     }
     check_launch(cuda::loss_rows(loss, split.rows(), current_stream()));
@@ -617,6 +833,18 @@ struct Cuda {
     return sum(sums, by);
   }
 
+  static Tensor multilabel_softmax(const Tensor&, const Tensor&, const OptionalTensor&, MULTILABEL_PARAMETERS) {
+    TORCH_CHECK_NOT_IMPLEMENTED(false, "multilabel_softmax has no CUDA kernel: use impl='triton' or 'reference'");
+  }
+
+  static Tensor column_sums(const Tensor&, const ColumnSumsCall&) {
+    TORCH_CHECK_NOT_IMPLEMENTED(false, "column_sums has no CUDA kernel: use impl='triton' or 'reference'");
+  }
+
+  static void column_sums_gradient(const ColumnSumsCall&) {
+    TORCH_CHECK_NOT_IMPLEMENTED(false, "column_sums has no CUDA kernel: use impl='triton' or 'reference'");
+  }
+
   static void split_rows(const Split& split, const SplitVectors& out) {
     check_launch(cuda::split_rows(split.arguments, out, split.rows(), current_stream()));
   }
@@ -636,7 +864,8 @@ struct Cuda {
 
 // ---------------------------------------------------------------- softmax_loss
 
-// Device::loss returns the loss, () for "mean" and "sum", (N,) for "none". The gradient of the logits goes to d_logits
+// Device::loss returns the loss, () for "mean" and "sum", (N,) for "none". Logits are rows (N, C) or channels-first
+// (B, C, P), of which the N rows are the B * P pixels. The gradient of the logits goes to d_logits
 // where that is defined, for an upstream gradient of the loss's shape, or of one where that is absent.
 
 template <class Device>
@@ -704,10 +933,66 @@ void sigmoid_loss_backward_(const Tensor& logits, SIGMOID_PARAMETERS, const Tens
   Device::sigmoid_loss(logits, logits, upstream, SIGMOID_NAMES);
 }
 
+// ---------------------------------------------------------------- multilabel_softmax
+
+// Device::multilabel_softmax is as Device::loss.
+
+template <class Device>
+std::tuple<Tensor, Tensor> multilabel_softmax(const Tensor& logits, MULTILABEL_PARAMETERS, bool with_gradient) {
+  const Tensor d_logits = with_gradient ? Device::empty_gradient(logits) : Tensor();
+  const Tensor loss = Device::multilabel_softmax(logits, d_logits, std::nullopt, MULTILABEL_NAMES);
+  return {loss, with_gradient ? d_logits : at::empty({0}, logits.options())};
+}
+
+template <class Device>
+Tensor multilabel_softmax_(const Tensor& logits, MULTILABEL_PARAMETERS) {
+  TORCH_CHECK_VALUE(reduction != "none",
+                    "multilabel_softmax_ needs the upstream gradient of 'none': multilabel_softmax_backward_");
+  return Device::multilabel_softmax(logits, logits, std::nullopt, MULTILABEL_NAMES);
+}
+
+template <class Device>
+Tensor multilabel_softmax_backward(const Tensor& logits, MULTILABEL_PARAMETERS, const Tensor& upstream) {
+  const Tensor d_logits = Device::empty_gradient(logits);
+  Device::multilabel_softmax(logits, d_logits, upstream, MULTILABEL_NAMES);
+  return d_logits;
+}
+
+template <class Device>
+void multilabel_softmax_backward_(const Tensor& logits, MULTILABEL_PARAMETERS, const Tensor& upstream) {
+  Device::multilabel_softmax(logits, logits, upstream, MULTILABEL_NAMES);
+}
+
+// ---------------------------------------------------------------- column_sums
+
+#define COLUMN_SUMS_SCHEMA "Tensor target, Tensor? sample_weight, int ignore_index"
+#define COLUMN_SUMS_PARAMETERS const Tensor &target, const OptionalTensor &sample_weight, int64_t ignore_index
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> column_sums(const Tensor& logits, COLUMN_SUMS_PARAMETERS) {
+  const c10::DeviceGuard guard(logits.device());
+  const Tensor sums = Device::column_sums(logits, ColumnSumsCall(logits, target, sample_weight, ignore_index));
+  return {sums[0].clone(), sums[1].clone(), sums[2].clone()};  // no views of one another: torch asks for that
+}
+
+template <class Device>
+Tensor column_sums_backward(const Tensor& logits, COLUMN_SUMS_PARAMETERS, const Tensor& d_predicted,
+                            const Tensor& d_true_positives) {
+  const c10::DeviceGuard guard(logits.device());
+  const Tensor d_logits = Device::empty_gradient(logits);
+  ColumnSumsCall columns(logits, target, sample_weight, ignore_index);
+  columns.arguments.d_predicted = columns.vector("d_predicted", d_predicted, logits.size(1));
+  columns.arguments.d_true_positives = columns.vector("d_true_positives", d_true_positives, logits.size(1));
+  columns.arguments.d_logits = d_logits.mutable_data_ptr();
+  Device::column_sums_gradient(columns);
+  return d_logits;
+}
+
 // ---------------------------------------------------------------- target_and_rest
 
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> target_and_rest(const Tensor& logits, SPLIT_PARAMETERS) {
+  check_rows(logits);
   const c10::DeviceGuard guard(logits.device());
   const Split split(logits, SPLIT_NAMES);
   const auto vector = [&](bool present) { return empty_result(logits, {present ? split.rows() : 0}); };
@@ -727,6 +1012,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> target_and_rest(const Tensor&
 
 template <class Device>
 void split_gradient(const Tensor& logits, const Tensor& d_logits, SPLIT_PARAMETERS, SPLIT_BACKWARD_PARAMETERS) {
+  check_rows(logits);
   const c10::DeviceGuard guard(logits.device());
   Split split(logits, SPLIT_NAMES);
   SplitBackwardArguments backward{};
@@ -765,6 +1051,15 @@ void define_operations(torch::Library& m) {
   m.def("sigmoid_loss_(Tensor(a!) logits, " SIGMOID_SCHEMA ") -> Tensor loss");
   m.def("sigmoid_loss_backward(Tensor logits, " SIGMOID_SCHEMA ", Tensor upstream) -> Tensor d_logits");
   m.def("sigmoid_loss_backward_(Tensor(a!) logits, " SIGMOID_SCHEMA ", Tensor upstream) -> ()");
+  m.def("multilabel_softmax(Tensor logits, " MULTILABEL_SCHEMA
+        ", bool with_gradient) -> (Tensor loss, Tensor d_logits)");
+  m.def("multilabel_softmax_(Tensor(a!) logits, " MULTILABEL_SCHEMA ") -> Tensor loss");
+  m.def("multilabel_softmax_backward(Tensor logits, " MULTILABEL_SCHEMA ", Tensor upstream) -> Tensor d_logits");
+  m.def("multilabel_softmax_backward_(Tensor(a!) logits, " MULTILABEL_SCHEMA ", Tensor upstream) -> ()");
+  m.def("column_sums(Tensor logits, " COLUMN_SUMS_SCHEMA
+        ") -> (Tensor predicted, Tensor true_positives, Tensor positives)");
+  m.def("column_sums_backward(Tensor logits, " COLUMN_SUMS_SCHEMA
+        ", Tensor d_predicted, Tensor d_true_positives) -> Tensor d_logits");
   m.def("scale_(Tensor(a!) gradient, Tensor factor) -> ()");
   m.def("target_and_rest(Tensor logits, " SPLIT_SCHEMA
         ") -> (Tensor target_logit, Tensor rest, Tensor shift, Tensor weighted_logits, Tensor weight_sum)");
@@ -782,6 +1077,12 @@ void implement_operations(torch::Library& m) {
   m.impl("sigmoid_loss_", &sigmoid_loss_<Device>);
   m.impl("sigmoid_loss_backward", &sigmoid_loss_backward<Device>);
   m.impl("sigmoid_loss_backward_", &sigmoid_loss_backward_<Device>);
+  m.impl("multilabel_softmax", &multilabel_softmax<Device>);
+  m.impl("multilabel_softmax_", &multilabel_softmax_<Device>);
+  m.impl("multilabel_softmax_backward", &multilabel_softmax_backward<Device>);
+  m.impl("multilabel_softmax_backward_", &multilabel_softmax_backward_<Device>);
+  m.impl("column_sums", &column_sums<Device>);
+  m.impl("column_sums_backward", &column_sums_backward<Device>);
   m.impl("scale_", &scale_<Device>);
   m.impl("target_and_rest", &target_and_rest<Device>);
   m.impl("target_and_rest_backward", &target_and_rest_backward<Device>);

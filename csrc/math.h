@@ -17,6 +17,11 @@ namespace imbalance {
 template <class Number>
 struct Math;
 
+template <class Number>
+struct Pair {
+  Number first, second;
+};
+
 // Plain numbers, with the C library's functions.
 template <class Number>
 struct PlainMath {
@@ -24,11 +29,14 @@ struct PlainMath {
   static IMBALANCE_INLINE Number infinity() { return std::numeric_limits<Number>::infinity(); }
   static IMBALANCE_INLINE bool less(Number a, Number b) { return a < b; }
   static IMBALANCE_INLINE bool equal(Number a, Number b) { return a == b; }
+  static IMBALANCE_INLINE bool any(bool condition) { return condition; }
   static IMBALANCE_INLINE Number select(bool condition, Number a, Number b) { return condition ? a : b; }
+  static IMBALANCE_INLINE Number minus_abs(Number x) { return -std::abs(x); }
   static IMBALANCE_INLINE Number exp_nonpositive(Number x) { return std::exp(x); }
-  static IMBALANCE_INLINE Number expm1_nonpositive(Number x) { return std::expm1(x); }
   static IMBALANCE_INLINE Number sqrt(Number x) { return std::sqrt(x); }
+  static IMBALANCE_INLINE Pair<Number> exp_and_expm1_nonpositive(Number x) { return {std::exp(x), std::expm1(x)}; }
   static IMBALANCE_INLINE Number log(Number x) { return std::log(x); }
+  static IMBALANCE_INLINE Number log1p(Number x) { return std::log1p(x); }
   static IMBALANCE_INLINE Number log1p_unit(Number x) { return std::log1p(x); }  // for x in [0, 1]
 #if defined(__CUDA_ARCH__)  // a device's sin and cos take a stack frame, for angles that no margin has
   static IMBALANCE_INLINE Number cos(Number angle) { return ::cospi(angle * Number(0.31830988618379067)); }

@@ -60,7 +60,7 @@ struct Truth {
 
   explicit IMBALANCE_INLINE Truth(Number log_odds) : d(log_odds) {
     const auto positive = M::less(Number(0), d);
-    const Number small = M::exp_nonpositive(M::select(positive, -d, d));
+    const Number small = M::exp_nonpositive(M::minus_abs(d));
     const Number larger = Number(1) / (Number(1) + small);
     const Number smaller = small * larger;
     p = M::select(positive, larger, smaller);
@@ -83,8 +83,10 @@ struct Truth {
     return M::select(M::equal(gamma, Number(0)), Number(1), power);
   }
   IMBALANCE_INLINE Number n_power(HalfExponent gamma) const {
-    Number power = gamma.halves % 2 ? M::sqrt(n) : Number(1);
-    for (int i = gamma.halves / 2; i > 0; --i) power = power * n;
+    if (gamma.halves == 4) return n * n;
+    if (gamma.halves == 0) return Number(1);
+    Number power = gamma.halves % 2 ? M::sqrt(n) : n;
+    for (int i = (gamma.halves - 1) / 2; i > 0; --i) power = power * n;
     return power;
   }
 
@@ -139,14 +141,14 @@ template <class Number, class Exponent>
 IMBALANCE_INLINE ValueAndSlope<Number> poly_focal(const Truth<Number>& t, Exponent gamma, Number epsilon) {
   const ValueAndSlope<Number> base = focal(t, gamma);
   const Number power = t.n_power(gamma) * t.n;
-  return {base.value + epsilon * power,
-          base.slope - epsilon * (number_of<Number>(gamma) + Number(1)) * (power * t.p)};
+  return {base.value + epsilon * power, base.slope - epsilon * (number_of<Number>(gamma) + Number(1)) * (power * t.p)};
 }
 
+// inverse_q = 1 / q
 template <class Number>
-IMBALANCE_INLINE ValueAndSlope<Number> gce(const Truth<Number>& t, Number q) {
-  using M = Math<Number>;
-  return {-(M::expm1_nonpositive(q * t.log_p) / q), -(M::exp_nonpositive(q * t.log_p) * t.n)};
+IMBALANCE_INLINE ValueAndSlope<Number> gce(const Truth<Number>& t, Number q, Number inverse_q) {
+  const Pair<Number> power = Math<Number>::exp_and_expm1_nonpositive(q * t.log_p);  // p^q, p^q - 1
+  return {-(power.second * inverse_q), -(power.first * t.n)};
 }
 
 template <class Number>
@@ -177,7 +179,7 @@ IMBALANCE_INLINE ValueAndSlope<Number> evaluate(ObjectiveKind kind, const Truth<
     case ObjectiveKind::poly_focal:
       return poly_focal(truth, first, second);
     case ObjectiveKind::gce:
-      return gce(truth, first);
+      return gce(truth, first, second);
     case ObjectiveKind::smooth_accuracy:
       return smooth_accuracy(truth);
     case ObjectiveKind::token_scaled:

@@ -105,6 +105,18 @@ struct FocalOfProducts {
   }
 };
 
+// Soft truncation with K = 1 is focal loss with gamma = 1, of hard labels and of what soft ones mix.
+struct SoftTruncationOfOne {
+  template <class Number>
+  IMBALANCE_INLINE ValueAndSlope<Number> hard(const Truth<Number>& t, MaskOf<Number>, Number) const {
+    return focal(t, HalfExponent{2});
+  }
+  template <class Number>
+  IMBALANCE_INLINE Sides<Number> soft(const Truth<Number>& t, Number, Number parameter) const {
+    return mixed_sides(t, HardCost<SoftTruncationOfOne, Number>{*this, parameter});
+  }
+};
+
 template <class Exponent>
 struct PolyFocalOfProducts {
   Exponent gamma;
@@ -167,7 +179,9 @@ struct Asymmetric {
   template <class Number>
   IMBALANCE_INLINE ValueAndSlope<Number> hard(const Truth<Number>& t, MaskOf<Number> positive, Number) const {
     using M = Math<Number>;
-    const ValueAndSlope<Number> of_positive = focal(t, exponent<Number>(gamma_pos)), negative = of_negative(t);
+    const ValueAndSlope<Number> negative = of_negative(t);
+    if (!M::any(positive)) return negative;  // as in most packs
+    const ValueAndSlope<Number> of_positive = focal(t, exponent<Number>(gamma_pos));
     return {M::select(positive, of_positive.value, negative.value),
             M::select(positive, of_positive.slope, negative.slope)};
   }
@@ -200,6 +214,7 @@ auto with_objective(const SigmoidArguments& call, const Run& run) {
     case BinaryObjectiveKind::hard_truncation:
       return run(OfRegistry<ObjectiveKind::hard_truncation>{0});
     case BinaryObjectiveKind::soft_truncation:
+      if (first == 1) return run(SoftTruncationOfOne{});
       return run(OfRegistry<ObjectiveKind::soft_truncation>{0});
     case BinaryObjectiveKind::poly:
       return run(OfRegistry<ObjectiveKind::poly>{0});
@@ -213,7 +228,7 @@ auto with_objective(const SigmoidArguments& call, const Run& run) {
         }
       });
     case BinaryObjectiveKind::gce:
-      return run(OfRegistry<ObjectiveKind::gce>{0});
+      return run(OfRegistry<ObjectiveKind::gce>{second});
     case BinaryObjectiveKind::smooth_accuracy:
       return run(OfRegistry<ObjectiveKind::smooth_accuracy>{0});
     case BinaryObjectiveKind::token_scaled:

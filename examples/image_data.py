@@ -80,7 +80,7 @@ def _fashion_mnist(folder: Path) -> tuple[Tensor, ...]:
     )
 
 
-def _digits() -> tuple[Tensor, ...]:
+def read_digits() -> tuple[Tensor, ...]:
     """Scikit-learn's 1797 digits of 8 x 8 pixels; the first images of every class are held out for testing."""
     from sklearn.datasets import load_digits
 
@@ -97,7 +97,7 @@ def load_images(folder: Path | None, imbalance_factor: int, seed: int) -> LongTa
     fashion = find_fashion_mnist(folder)
     name = "Fashion-MNIST" if fashion else "scikit-learn digits"
     class_names = FASHION_CLASSES if fashion else tuple(str(k) for k in range(10))
-    train_images, train_labels, test_images, test_labels = _fashion_mnist(fashion) if fashion else _digits()
+    train_images, train_labels, test_images, test_labels = _fashion_mnist(fashion) if fashion else read_digits()
 
     images_per_class = int(train_labels.bincount().min())
     class_counts = exponential_profile(images_per_class, len(class_names), imbalance_factor)

@@ -1,4 +1,4 @@
-"""The demo's three pictures, drawn from what was measured."""
+"""The pictures of the demo and of the detector, drawn from what was measured."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import numpy
 import torch
+from boxes import Detections, Truths, hits, iou
+from digit_canvases import CLASS_NAMES, Canvases
 from long_tail import CROSS_ENTROPY, LOGIT_ADJUSTMENT
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -20,6 +23,7 @@ from imbalance_kernels.objectives import REGISTRY
 PLAIN = "#8a8f98"  # cross-entropy, torch: what everybody has
 OURS = "#c8452f"  # what this package adds
 OURS_LIGHT = "#e69a86"
+RIGHT = "#2f6fb5"
 INK = "#2b2d31"
 QUIET = "#5b6069"
 FAINT = "#e4e6ea"
@@ -178,4 +182,93 @@ def time_and_memory(result: dict, path: Path) -> Path:
         f"Strokes: the floor, which is\none copy of the logits ({copy_ms:.0f} ms); logits and their gradient "
         f"({logits_mib:.0f} MiB each), in place one of them, fused one chunk of rows ({chunk_mib:.0f} MiB).",
         path,
+    )
+
+
+def average_precision(result: dict, path: Path) -> Path:
+    """Left AP as training goes, right AP of each class at its end."""
+    figure, (rise, classes) = plt.subplots(1, 2, figsize=(12, 4.6), gridspec_kw={"width_ratios": [2, 3]})
+    num_classes, names = len(result["class_names"]), list(result["results"])
+    looks = dict(zip(names, ((PLAIN, "o"), (OURS, "o"), (OURS_LIGHT, "s")), strict=True))
+    for number, (name, (colour, marker)) in enumerate(looks.items()):
+        ap = numpy.array(result["results"][name]["ap"])  # (seeds, evaluations, C)
+        means = numpy.nanmean(ap, 2)
+        rise.fill_between(result["steps"], means.min(0), means.max(0), color=colour, alpha=0.18, linewidth=0)
+        rise.plot(result["steps"], means.mean(0), marker, linestyle="-", color=colour, label=name)
+        position = numpy.arange(num_classes) + 0.2 * (number - 1)
+        classes.plot(position, ap[:, -1].mean(0), marker, color=colour, markersize=7)
+        classes.vlines(position, ap[:, -1].min(0), ap[:, -1].max(0), color=colour, linewidth=2, alpha=0.55)
+    rise.set_xlabel("step")
+    rise.set_xticks(result["steps"])
+    rise.set_ylabel("AP, mean over classes")
+    rise.legend(frameon=False, loc="upper left")
+    ticks = [f"{name}\n{count:,}" for name, count in zip(result["class_names"], result["objects"], strict=True)]
+    classes.set_xticks(range(num_classes), ticks)
+    classes.set_xlabel("digit, and how many the training images show")
+    classes.set_ylabel(f"AP at step {result['steps'][-1]}")
+    classes.tick_params(axis="x", length=0)
+    for axes in (rise, classes):
+        axes.set_ylim(0, 1)
+        axes.grid(axis="y", color=FAINT)
+        axes.set_axisbelow(True)
+    seeds = result["schedule"]["seeds"]
+    over = f"Mean of {seeds} seeds; bands and bars from the lowest to the highest. " if seeds > 1 else "One seed. "
+    return _finish(
+        figure,
+        "Detecting long-tailed digits: average precision at IoU 0.5",
+        over + "The same steps, rate and images for every loss.",
+        path,
+    )
+
+
+SHOWN_SCORE = 0.3
+
+
+def detections(canvases: Canvases, found: dict[str, list[Detections]], path: Path, columns: int = 5) -> Path:
+    """The first test images: what each loss's detector found in them, a row a loss."""
+    columns = min(columns, len(canvases.images))
+    figure, grid = plt.subplots(
+        len(found), columns, figsize=(2.3 * columns + 0.5, 2.35 * len(found) + 1.2), squeeze=False
+    )
+    for row, (name, images) in zip(grid, found.items(), strict=True):
+        row[0].set_ylabel(name, fontsize=11)
+        for axes, image, boxes, labels, all_found in zip(
+            row, canvases.images, canvases.boxes, canvases.labels, images, strict=False
+        ):
+            truths = Truths(boxes[labels >= 0], labels[labels >= 0])
+            shown = all_found.scores >= SHOWN_SCORE
+            seen = Detections(*(part[shown].cpu() for part in vars(all_found).values()))
+            right = hits(seen, truths, 0.5)
+            axes.imshow(image[0].numpy(), cmap="gray_r", vmin=-0.2, vmax=1.7)
+            _outline(axes, seen, right)
+            same = (seen.labels[:, None] == truths.labels) & right[:, None]
+            missed = ~((iou(seen.boxes, truths.boxes) >= 0.5) & same).any(0)
+            for box, label in zip(truths.boxes[missed].tolist(), truths.labels[missed].tolist(), strict=True):
+                _box(axes, box, CLASS_NAMES[label], INK, below=True, linestyle=(0, (2, 2)))
+            axes.set_xticks([])
+            axes.set_yticks([])
+            for spine in axes.spines.values():
+                spine.set_visible(False)
+    return _finish(
+        figure,
+        "What the detectors find",
+        f"Test images of the first seed, boxes with a score of {SHOWN_SCORE} or more. Blue: right. Red: wrong.\n"
+        "Dashed, with its class below: a digit that no right box is over.",
+        path,
+    )
+
+
+def _outline(axes: Axes, seen: Detections, right: torch.Tensor) -> None:
+    for box, label, is_right in zip(seen.boxes.tolist(), seen.labels.tolist(), right.tolist(), strict=True):
+        _box(axes, box, CLASS_NAMES[label], RIGHT if is_right else OURS)
+
+
+def _box(axes: Axes, box: list[float], text: str, colour: str, below: bool = False, **line: object) -> None:
+    left, top, right, bottom = box
+    axes.add_patch(
+        plt.Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour, linewidth=1.4, **line)
+    )
+    at, align = ((right, bottom), "top") if below else ((left, top), "bottom")
+    axes.text(
+        *at, text, color=colour, fontsize=9, fontweight="bold", va=align, ha="right" if below else "left", clip_on=True
     )

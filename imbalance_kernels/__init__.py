@@ -6,6 +6,7 @@ loss = ik.LogitAdjustedLoss(class_counts)      # in place of torch.nn.CrossEntro
 
 from imbalance_kernels import binary_objectives, functional, objectives, priors
 from imbalance_kernels import implementation as _implementation  # loads the extension, which registers the operations
+from imbalance_kernels.batch_statistics import DiceLoss, F1WeightedCrossEntropyLoss, SmoothF1Loss
 from imbalance_kernels.implementation import show_config
 from imbalance_kernels.linear import LinearLoss, RadiusMarginLoss
 from imbalance_kernels.logit_map import AngularMargin
@@ -26,6 +27,7 @@ from imbalance_kernels.modules import (
     SoftTruncationLoss,
     VSLoss,
 )
+from imbalance_kernels.multilabel import MultilabelSoftmaxLoss
 from imbalance_kernels.priors import BinaryPrior, Prior
 from imbalance_kernels.sigmoid_modules import (
     AsymmetricLoss,
@@ -51,12 +53,15 @@ __all__ = [
     "CircleLoss",
     "CosFaceLoss",
     "CrossEntropyLoss",
+    "DiceLoss",
+    "F1WeightedCrossEntropyLoss",
     "FocalLoss",
     "GeneralizedCrossEntropyLoss",
     "HardTruncationLoss",
     "LDAMLoss",
     "LinearLoss",
     "LogitAdjustedLoss",
+    "MultilabelSoftmaxLoss",
     "PolyLoss",
     "Prior",
     "QualityFocalLoss",
@@ -69,6 +74,7 @@ __all__ = [
     "SigmoidSmoothAccuracyLoss",
     "SigmoidSoftTruncationLoss",
     "SmoothAccuracyLoss",
+    "SmoothF1Loss",
     "SoftTruncationLoss",
     "SoftmaxLoss",
     "VSLoss",

@@ -71,7 +71,7 @@ def side_slopes(objective: Objective, x: Tensor, y: Tensor) -> Sides:
         # (d mixed / dx) / mixed, where a hard label needs no division by what may be 0
         growth = torch.where(y == 1, -p, torch.where(y == 0, n, (1 - 2 * y) * p * n / mixed))
         slope = _mixed_power(x, y, objective.gamma) * (
-            _cross_entropy_slope(x, y) + objective.gamma * growth * _cross_entropy(x, y)
+            _cross_entropy_slope(x, y) + objective.gamma * _times(growth, _cross_entropy(x, y))
         )
         return Sides(slope, slope)
     return Sides(objective.slope(x), -objective.slope(-x))
@@ -204,7 +204,7 @@ class Asymmetric(BinaryObjective):
         m = (p - self.clip).clamp_min(0)
         ratio = torch.where(m > 0, -torch.log1p(-m) / torch.where(m > 0, m, torch.ones_like(m)), torch.ones_like(m))
         slope = p * n * m**self.gamma_neg * (1 / (1 - m) + self.gamma_neg * ratio)
-        return Sides(positive, torch.where(p > self.clip, slope, torch.zeros_like(x)))
+        return Sides(positive, torch.where(p <= self.clip, torch.zeros_like(x), slope))
 
 
 BINARY_REGISTRY: dict[str, type[Objective]] = {

@@ -12,8 +12,16 @@ import torch
 from torch import Tensor
 
 from imbalance_kernels import objectives
+from imbalance_kernels.batch_statistics import (
+    ColumnSums,
+    column_sums,
+    dice_loss,
+    f1_weighted_cross_entropy,
+    smooth_f1_loss,
+)
 from imbalance_kernels.keywords import CALL_KEYWORDS, legacy_reduction, options_of, reject_alpha, with_own
 from imbalance_kernels.logit_map import AngularMargin, CircleMargin, LogitMap, Margin
+from imbalance_kernels.multilabel import multilabel_softmax_loss
 from imbalance_kernels.objectives import Objective
 from imbalance_kernels.ops import softmax_loss as softmax_loss_op
 from imbalance_kernels.ops.checks import check_class_vector
@@ -37,13 +45,17 @@ from imbalance_kernels.sigmoid_functional import (
 )
 
 __all__ = [
+    "ColumnSums",
     "TargetAndRest",
     "arcface_loss",
     "asymmetric_loss",
     "balanced_softmax_loss",
     "circle_loss",
+    "column_sums",
     "cosface_loss",
     "cross_entropy",
+    "dice_loss",
+    "f1_weighted_cross_entropy",
     "focal_loss",
     "generalized_cross_entropy",
     "hard_truncation_loss",
@@ -52,6 +64,7 @@ __all__ = [
     "linear_log_probs",
     "linear_target_and_rest",
     "logit_adjusted_loss",
+    "multilabel_softmax_loss",
     "poly_loss",
     "quality_focal_loss",
     "sigmoid_cross_entropy",
@@ -62,6 +75,7 @@ __all__ = [
     "sigmoid_smooth_accuracy_loss",
     "sigmoid_soft_truncation_loss",
     "smooth_accuracy_loss",
+    "smooth_f1_loss",
     "soft_truncation_loss",
     "softmax_loss",
     "target_and_rest",

@@ -40,6 +40,7 @@ __all__ = [
     "VSLoss",
 ]
 
+
 class SoftmaxLoss(LossModule):
     """Any objective of the log-odds of the truth, on mapped logits: the base of every softmax-family loss.
 

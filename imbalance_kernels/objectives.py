@@ -324,6 +324,15 @@ class GeneralizedCrossEntropy(Objective):
         require_finite_number(self, "q", self.q, wants)
         require(0 < self.q <= 1, self, "q", self.q, wants)
 
+    def kernel_parameters(self) -> tuple[Any, ...]:
+        """Return q and 1 / q."""
+        return self.q, 1 / self.q
+
+    @classmethod
+    def from_kernel_parameters(cls, *parameters: float) -> Objective:
+        """Return the objective of q and 1 / q."""
+        return cls(parameters[0])
+
     def value(self, log_odds: Tensor) -> Tensor:
         """(1 - p^q) / q."""
         return -torch.expm1(self.q * _log_p(log_odds)) / self.q

@@ -10,7 +10,7 @@ from torch import Tensor
 from imbalance_kernels.logit_map import LogitMap
 from imbalance_kernels.objectives import CrossEntropy, Objective
 
-__all__ = ["LOGIT_DTYPES", "SigmoidOptions", "SoftmaxOptions", "accumulate_dtype"]
+__all__ = ["LOGIT_DTYPES", "MultilabelOptions", "SigmoidOptions", "SoftmaxOptions", "accumulate_dtype"]
 
 LOGIT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -79,3 +79,21 @@ class SigmoidOptions:
             negative_weight=moved(self.negative_weight),
             bias=None if self.bias is None else self.bias.to(device, dtype),
         )
+
+
+@dataclass(frozen=True, eq=False)
+class MultilabelOptions:
+    """Everything about a multi-label softmax but its targets and their weights."""
+
+    bias: Tensor | None = None  # (C,) added to the logits
+    ignore_index: int = -100
+    reduction: str = "mean"
+    inplace: bool = False
+
+    def class_vectors(self) -> list[Tensor]:
+        """Return the class vectors that are there: what a backward saves, so that a change in between raises."""
+        return [] if self.bias is None else [self.bias]
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> MultilabelOptions:
+        """Return the options with their class vectors on `device` in `dtype`."""
+        return self if self.bias is None else replace(self, bias=self.bias.to(device, dtype))

@@ -1,7 +1,8 @@
 """The operations in plain PyTorch: the specification that every kernel is tested against, and the fall-back.
 
 Differentiable by autograd, float64-capable, on any device; it allocates several (N, C) temporaries, which is what the
-kernels exist to avoid. Logits are (N, C) here; ops/ does checks, layouts and the choice of implementation.
+kernels exist to avoid. Logits are (N, C) here, or channels-first (B, C, P) for a loss, which moves their classes; ops/
+does checks, layouts and the choice of implementation.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from torch import Tensor
 
 from imbalance_kernels.binary_objectives import Sides, side_slopes, side_values
 from imbalance_kernels.differentiation import declared
-from imbalance_kernels.options import SigmoidOptions, SoftmaxOptions, accumulate_dtype
+from imbalance_kernels.options import MultilabelOptions, SigmoidOptions, SoftmaxOptions, accumulate_dtype
 from imbalance_kernels.softmax_row import RowSplit, RowTargets, reduce_rows, row_losses
 
-__all__ = ["dense_labels", "sigmoid_loss", "softmax_loss", "target_and_rest"]
+__all__ = ["column_sums", "dense_labels", "multilabel_softmax", "sigmoid_loss", "softmax_loss", "target_and_rest"]
 
 
 def target_and_rest(
@@ -64,14 +65,17 @@ def target_and_rest(
 
 
 def softmax_loss(
-    logits: Tensor,  # (N, C)
-    target: Tensor,  # (N,) class indices, or (N, C) class probabilities
+    logits: Tensor,  # (N, C), or (B, C, P) where N is B * P
+    target: Tensor,  # (N,) class indices, or class probabilities in the logits' shape
     options: SoftmaxOptions,
     sample_weight: Tensor | None = None,  # (N,)
     normalizer: Tensor | None = None,  # ()
 ) -> Tensor:
     """Return the reduced loss of `options`; see imbalance_kernels.functional.softmax_loss."""
     num_classes = logits.shape[1]
+    if logits.dim() == 3:
+        logits = logits.movedim(1, 2).reshape(-1, num_classes)
+        target = target.movedim(1, 2).reshape(-1, num_classes) if target.is_floating_point() else target
     targets = None if target.is_floating_point() else RowTargets.of(target, num_classes, options.ignore_index)
     split = target_and_rest(logits, target, options)
     losses = row_losses(split, targets, options, sample_weight, num_classes)
@@ -135,6 +139,65 @@ def sigmoid_loss(
     return losses.sum() / (rows.valid.sum() * logits.shape[1])
 
 
+def multilabel_softmax(
+    logits: Tensor,  # (N, C)
+    target: Tensor,  # labels (N,) in [0, C], lists of labels (N, K), or (N, C) in floating point or bool
+    options: MultilabelOptions,
+    sample_weight: Tensor | None = None,  # (N,)
+    normalizer: Tensor | None = None,  # ()
+) -> Tensor:
+    """Return the reduced loss of `options`, or for "none" that of each row.
+
+    A label of 1 is no negative and one of 0 no positive: they are left out of a sum, never subtracted from it. So is a
+    raw logit of -inf, of both sums. A row whose sample weight is 0, or whose label is ignored, costs exactly 0,
+    whatever it holds; one whose label is neither a class nor the background is NaN.
+    """
+    x = logits.to(accumulate_dtype(logits.dtype))
+    y = dense_labels(target, logits, options.ignore_index).to(x.dtype)
+    x, uncounted, num_valid = _counted_rows(x, target, options.ignore_index, sample_weight, normalizer)
+    masked = logits == -math.inf
+    x = _without(x, masked)
+    z = x if options.bias is None else x + options.bias
+    negative = torch.where(masked | (y == 1), -math.inf, z)
+    positive = torch.where(masked | (y == 0), -math.inf, -z)
+    losses = _log_one_plus_sum(negative, 1 - y) + _log_one_plus_sum(positive, y)
+    losses = losses if sample_weight is None else losses * sample_weight
+    losses = _without(losses, uncounted)
+    if options.reduction == "none":
+        return losses
+    if normalizer is not None:
+        return losses.sum() / torch.where(normalizer == 0, torch.ones_like(normalizer), normalizer)
+    return losses.sum() if options.reduction == "sum" else losses.sum() / num_valid
+
+
+def column_sums(
+    logits: Tensor,  # (N, C), or channels first (B, C, P)
+    target: Tensor,  # labels (N,) in [0, C], lists of labels (N, K), or the logits' shape in floating point or bool
+    ignore_index: int = -100,
+    sample_weight: Tensor | None = None,  # (N,)
+    *,
+    from_softmax: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the sums over rows of p, of y p and of y, each (C,) and weighted by sample_weight; N = B * P.
+
+    A row whose sample weight is 0, or whose label is ignored, adds nothing, whatever it holds; one whose label is
+    neither a class nor the background makes the sums of p and of y p NaN.
+    """
+    x = logits.to(accumulate_dtype(logits.dtype))
+    y = dense_labels(target, logits, ignore_index).to(x.dtype)
+    if logits.dim() == 3:
+        x, y = (each.transpose(1, 2).reshape(-1, logits.shape[1]) for each in (x, y))
+    x, uncounted, _ = _counted_rows(x, target, ignore_index, sample_weight, None)
+    p = torch.softmax(x, dim=1) if from_softmax else declared(x, torch.sigmoid, _sigmoid_slope)
+    weight = torch.ones_like(uncounted, dtype=x.dtype) if sample_weight is None else sample_weight
+    weight = torch.where(uncounted, 0.0, weight)[:, None]  # (N, 1)
+    true_positive = torch.where(y == 0, torch.zeros_like(p), y * p)
+    if target.dim() == 1:  # a wrong label is NaN in both sums
+        wrong = ~RowTargets.of(target, logits.shape[1] + 1, ignore_index).valid & ~uncounted
+        true_positive = true_positive + torch.where(wrong, math.nan, 0.0).to(x.dtype)[:, None]
+    return (weight * p).sum(dim=0), (weight * true_positive).sum(dim=0), (weight * y).sum(dim=0)
+
+
 def dense_labels(target: Tensor, logits: Tensor, ignore_index: int) -> Tensor:
     """Return labels of the logits' shape: 1 at each class that a row's target names; dense ones as they are."""
     if target.is_floating_point() or target.dtype == torch.bool:
@@ -150,6 +213,40 @@ def dense_labels(target: Tensor, logits: Tensor, ignore_index: int) -> Tensor:
         labels = labels.scatter(1, spare, True)[:, :num_classes]
     labels = labels & (classes != ignore_index)
     return labels if logits.dim() == 2 else _channels_first(labels, logits)
+
+
+def _counted_rows(
+    x: Tensor,  # (N, C)
+    target: Tensor,  # (N,), (N, K) or the logits' shape
+    ignore_index: int,
+    sample_weight: Tensor | None,  # (N,)
+    normalizer: Tensor | None,  # ()
+) -> tuple[Tensor, Tensor, Tensor | int]:
+    """Return x with 0 in rows that cost nothing and NaN in those of wrong labels, which rows cost nothing, and N."""
+    uncounted = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
+    num_valid: Tensor | int = x.shape[0]
+    if sample_weight is not None:
+        uncounted = sample_weight == 0
+    if target.dim() == 1:
+        rows = RowTargets.of(target, x.shape[1] + 1, ignore_index)  # background is a label too
+        uncounted = uncounted | rows.ignored
+        x = torch.where((rows.valid | rows.ignored)[:, None], x, math.nan)
+        num_valid = rows.valid.sum()
+    if normalizer is not None:
+        uncounted = uncounted | (normalizer == 0)
+    return _without(x, uncounted[:, None]), uncounted, num_valid
+
+
+def _sigmoid_slope(x: Tensor) -> Tensor:
+    """Return p (1 - p), where autograd's own 1 - p has no digits left of a confident positive."""
+    return torch.sigmoid(x) * torch.sigmoid(-x)
+
+
+def _log_one_plus_sum(u: Tensor, weight: Tensor) -> Tensor:
+    """Return log(1 + sum_j weight_j exp(u_j)) (N,) of u (N, C), to full relative accuracy where it is small."""
+    shift = torch.cat([u.new_zeros(u.shape[0], 1), u.detach()], dim=1).amax(dim=1)
+    total = (weight * torch.exp(u - shift[:, None])).sum(dim=1)
+    return torch.where(shift == 0, torch.log1p(total), shift + torch.log(torch.exp(-shift) + total))
 
 
 def _per_logit(vector: Tensor, logits: Tensor) -> Tensor:

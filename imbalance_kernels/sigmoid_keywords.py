@@ -67,7 +67,9 @@ def checked_alpha(alpha: float | Tensor | None) -> float | Tensor | None:
     if alpha is None or isinstance(alpha, Tensor):
         return alpha
     if not alpha <= 1:
-        raise ValueError(f"alpha is {alpha!r}, but it must be at most 1 (negative or None: positives and negatives alike)")
+        raise ValueError(
+            f"alpha is {alpha!r}, but it must be at most 1 (negative or None: positives and negatives alike)"
+        )
     return None if alpha < 0 else float(alpha)
 
 

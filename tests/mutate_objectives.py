@@ -1,9 +1,9 @@
-"""Breaks each formula of the three files of objectives in turn, and sees that the tests notice.
+"""Breaks each formula of the files of objectives, three of either family, in turn, and sees that the tests notice.
 
 Every rule below is applied to every place of every formula, one at a time, in a temporary copy of the checkout; the
 tests of the objectives run there. A mutant that they pass is a hole in the tests: it is printed, and the script fails.
 
-    python tests/mutate_objectives.py [--language python|cpp|triton] [--only focal] [--jobs 2] [--all]
+    python tests/mutate_objectives.py [--language python|cpp|triton] [--binary] [--only focal] [--jobs 2] [--all]
 """
 
 from __future__ import annotations
@@ -27,6 +27,16 @@ from imbalance_kernels.objectives import REGISTRY
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ["imbalance_kernels", "csrc", "tests", "triton_kernels", "pyproject.toml"]
 PYTHON, CPP, TRITON = "imbalance_kernels/objectives.py", "csrc/objectives.h", "triton_kernels/objectives.py"
+PYTHON_BINARY, CPP_BINARY, TRITON_BINARY = (
+    "imbalance_kernels/binary_objectives.py",
+    "csrc/binary_objectives.h",
+    "triton_kernels/binary_objectives.py",
+)
+FILES = {
+    "python": [PYTHON, PYTHON_BINARY],
+    "cpp": [CPP, CPP_BINARY],
+    "triton": [TRITON, TRITON_BINARY],
+}
 TESTS = {
     PYTHON: [
         "tests/test_objectives.py",
@@ -34,8 +44,27 @@ TESTS = {
         "-k",
         "test_objectives or mpmath or gamma_per_class",
     ],
-    CPP: ["tests/test_objectives_cpp.py"],
+    CPP: ["tests/test_objectives_cpp.py", "tests/test_binary_objectives_cpp.py"],
     TRITON: ["tests/test_triton.py", "-k", "equal_the_registry"],
+    PYTHON_BINARY: ["tests/test_binary_objectives.py"],
+    CPP_BINARY: ["tests/test_binary_objectives_cpp.py"],
+    TRITON_BINARY: ["tests/test_triton.py", "-k", "binary_objectives_equal_the_registry"],
+}
+# What must be found in each file, lest a rule silently miss a formula.
+FORMULAS = {
+    **dict.fromkeys((PYTHON, CPP, TRITON), set(REGISTRY)),
+    PYTHON_BINARY: {"side_values", "side_slopes", "quality_focal", "varifocal", "asymmetric"},
+    CPP_BINARY: {"mixed_sides", "focal_sides", "quality_focal_sides", "varifocal_sides", "clipped_focal"},
+    TRITON_BINARY: {
+        "_mixed_sides",
+        "_focal_sides",
+        "_quality_focal_sides",
+        "_varifocal",
+        "_varifocal_sides",
+        "_clipped_focal",
+        "_asymmetric",
+        "_asymmetric_sides",
+    },
 }
 
 OPERATORS = [
@@ -90,6 +119,35 @@ RULES = {
         ("guard dropped", r"tl\.where\(t?\.?\w+ [=>]=? [^,]+, [^,]+, (?P<kept>.+)\)(?=$)", r"\g<kept>"),
     ],
 }
+LABELS = [
+    ("y to 1 - y", r"(?<![\w.])y(?= \* )", "(1 - y)"),
+    ("which label", r"(?<=y == )1\b|(?<=equal\(y, )one\b", "2"),
+    ("sides swapped", r"(?<=tl\.where\(positive, )(?P<a>[^,]+), (?P<b>.+)\)(?=,?$)", r"\g<b>, \g<a>)"),
+    ("beta - 1 to beta", r"beta - 1\.0|less_one\(beta\)", "beta"),
+    ("halves - 2 to halves", r"halves - 2", "halves"),
+]
+RULES |= {
+    PYTHON_BINARY: [
+        *OPERATORS,
+        *LABELS,
+        ("n to p", r"torch\.sigmoid\(-x\)", "torch.sigmoid(x)"),
+        ("p to n", r"torch\.sigmoid\(x\)", "torch.sigmoid(-x)"),
+        ("log n to log p", r"logsigmoid\(-x\)", "logsigmoid(x)"),
+        ("log p to log n", r"logsigmoid\(x\)", "logsigmoid(-x)"),
+        ("exponent", r"self\.beta - 1", "self.beta"),
+        ("1p dropped", r"\blog1p\(", "log("),
+        ("guard dropped", r"torch\.where\([^,]+, torch\.\w+_like\(\w+\), (?P<kept>.+)\)(?=\)?$)", r"\g<kept>"),
+        ("clamp dropped", r"\.clamp_min\(0\)", ""),
+        ("absolute value dropped", r"\.abs\(\)", ""),
+        ("sign dropped", r"torch\.sign\((?P<kept>\w+)\)", r"\g<kept>"),
+    ],
+    CPP_BINARY: [*RULES[CPP], *LABELS],
+    TRITON_BINARY: [
+        *RULES[TRITON],
+        *LABELS,
+        ("absolute value dropped", r"tl\.abs\((?P<kept>\w+)\)", r"\g<kept>"),
+    ],
+}
 
 # Mutants that change nothing to observe, and why: (file, function, text of the line, rule).
 EQUIVALENT = {
@@ -101,8 +159,8 @@ EQUIVALENT = {
     ): "products are exact to the last bits; powers are good enough",
     (CPP, "n_power", "Number(1)), n, power", "guard dropped"): "the same",
     (CPP, "evaluate", "return cross_entropy(truth);", ""): "never reached",
-    (TRITON, "_n_power", "gamma == 2", "guard dropped"): "products are exact to the last bits; powers are good enough",
-    (TRITON, "_n_power", "gamma == 1", "guard dropped"): "the same",
+    (TRITON, "power_of", "gamma == 2", "guard dropped"): "products are exact to the last bits; powers are good enough",
+    (TRITON, "power_of", "gamma == 1", "guard dropped"): "the same",
 }
 
 
@@ -119,18 +177,23 @@ class Mutant:
         return f"{self.file}:{self.line + 1}  {self.rule}\n      {self.before.strip()}\n      {self.after.strip()}"
 
 
+METHODS = ("value", "slope", "_weight", "_limit", "side_values", "side_slopes")
+HELPERS = (
+    *("_log_p", "_n", "_p_log_p", "_n_power"),
+    *("side_values", "side_slopes", "_times", "_cross_entropy", "_cross_entropy_slope", "_mixed_power"),
+)
+
+
 def python_functions(lines: list[str]) -> Iterator[tuple[str, int]]:
     """(objective or helper, line) of every line of a formula: methods and helpers but their docstrings and checks."""
     for node in ast.parse("\n".join(lines)).body:
         if isinstance(node, ast.ClassDef) and node.name != "Objective":
             named = (x.value for x in node.body if isinstance(x, ast.AnnAssign) and ast.unparse(x.target) == "name")
-            name = ast.literal_eval(next(named))
-            functions = [
-                x
-                for x in node.body
-                if isinstance(x, ast.FunctionDef) and x.name in ("value", "slope", "_weight", "_limit")
-            ]
-        elif isinstance(node, ast.FunctionDef) and node.name in ("_log_p", "_n", "_p_log_p", "_n_power"):
+            name = next(map(ast.literal_eval, named), None)
+            if name is None:  # no objective
+                continue
+            functions = [x for x in node.body if isinstance(x, ast.FunctionDef) and x.name in METHODS]
+        elif isinstance(node, ast.FunctionDef) and node.name in HELPERS:
             name, functions = node.name, [node]
         else:
             continue
@@ -164,9 +227,13 @@ def cpp_functions(lines: list[str]) -> Iterator[tuple[str, int]]:
             yield name, number
 
 
+def language_of(file: str) -> str:
+    return next(language for language, files in FILES.items() if file in files)
+
+
 def mutants_of(file: str) -> list[Mutant]:
     lines = (ROOT / file).read_text().split("\n")
-    functions = {PYTHON: python_functions, CPP: cpp_functions, TRITON: triton_functions}[file]
+    functions = {"python": python_functions, "cpp": cpp_functions, "triton": triton_functions}[language_of(file)]
     found = []
     for function, number in functions(lines):
         line = lines[number]
@@ -180,7 +247,7 @@ def mutants_of(file: str) -> list[Mutant]:
                 )
                 if place.start() >= body and after != line and not known:
                     found.append(Mutant(file, function, number, rule, line, after))
-    missing = set(REGISTRY) - {mutant.function for mutant in found}
+    missing = FORMULAS[file] - {mutant.function for mutant in found}
     if missing:
         sys.exit(f"{file}: no formula found for {', '.join(sorted(missing))}: mend the rules of {Path(__file__).name}")
     return found
@@ -232,12 +299,14 @@ def print_table(verdicts: list[tuple[Mutant, str | None]]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--language", choices=["python", "cpp", "triton"], help="only this language's formulas")
+    parser.add_argument("--binary", action="store_true", help="only the files of binary objectives")
     parser.add_argument("--only", metavar="NAME", help="only this objective or helper function")
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time (2)")
     parser.add_argument("--all", action="store_true", help="print every mutant, and the test that noticed it")
     arguments = parser.parse_args()
 
-    files = {"python": [PYTHON], "cpp": [CPP], "triton": [TRITON], None: [PYTHON, CPP, TRITON]}[arguments.language]
+    files = [file for language, both in FILES.items() if arguments.language in (None, language) for file in both]
+    files = [file for file in files if "binary" in file or not arguments.binary]
     mutants = [m for file in files for m in mutants_of(file) if arguments.only in (None, m.function)]
     with tempfile.TemporaryDirectory() as folder:
         checkouts: Queue[Path] = Queue()

@@ -45,9 +45,11 @@ void function(int which, std::int64_t n, const T* x, T* y) {
   for (std::int64_t i = 0; i < n; i += sizeof(Number) / sizeof(T)) {
     const Number number = load(x + i, static_cast<Number*>(nullptr));
     const Number result = which == 0   ? M::exp_nonpositive(number)
-                          : which == 1 ? M::expm1_nonpositive(number)
+                          : which == 1 ? M::exp_and_expm1_nonpositive(number).second
                           : which == 2 ? M::log(number)
-                                       : M::log1p_unit(number);
+                          : which == 3 ? M::log1p_unit(number)
+                          : which == 4 ? M::log1p(number)
+                                       : M::sqrt(number);
     store(result, y + i);
   }
 }

@@ -114,7 +114,7 @@ def loss(
         x = x + torch.log(prior.double() / (1 - prior.double()))
     positive, negative = OBJECTIVES[objective](x, y, *(p.double() if isinstance(p, Tensor) else p for p in parameters))
     if alpha is not None:
-        alpha = alpha.double() if isinstance(alpha, Tensor) else alpha  # before 1 - alpha is rounded
+        alpha = alpha.double() if isinstance(alpha, Tensor) else alpha
         positive, negative = positive * alpha, negative * (1 - alpha)
     if pos_weight is not None:
         positive = positive * pos_weight.double()

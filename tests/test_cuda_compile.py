@@ -17,15 +17,18 @@ import triton
 
 SOURCES = sorted((Path(__file__).parent.parent / "csrc/cuda").glob("*.cu"))
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
-KERNELS = ("rows_in_lanes<4>", "rows_in_lanes<8>", "rows_over_clusters", "rows_in_sweeps", "rows_in_pieces")
+KERNELS = (
+    *("rows_in_lanes<4>", "rows_in_lanes<8>", "rows_over_clusters", "rows_in_sweeps", "rows_in_pieces"),
+    "rows_in_planes",
+)
 MAPS = ("plain", "affine", "general")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 # By kernel, in that order.
-THREADS = dict(zip(KERNELS, (128, 128, 256, 1024, 256), strict=True))
-BLOCKS = dict(zip(KERNELS, (5, 4, 2, 1, 3), strict=True))  # of a multiprocessor
-PACKS = dict(zip(KERNELS, (4, 8, 8, 4, 4), strict=True))  # of 16 bytes, a thread
-LOADS = dict(zip(KERNELS, (2, 2, 4, 1, 1), strict=True))  # places that load a row: most load the next one ahead
+THREADS = dict(zip(KERNELS, (128, 128, 256, 1024, 256, 128), strict=True))
+BLOCKS = dict(zip(KERNELS, (5, 4, 2, 1, 3, 4), strict=True))  # of a multiprocessor
+PACKS = dict(zip(KERNELS[:5], (4, 8, 8, 4, 4), strict=True))  # of 16 bytes, a thread
+LOADS = dict(zip(KERNELS[:5], (2, 2, 4, 1, 1), strict=True))  # places that load a row: most load the next one ahead
 
 SPILLED = 128  # bytes a thread that kernels beyond the main ones may spill
 # Instructions for each number of a row of halves, in one trip: loaded, its maximum, its exponential twice, stored. A
@@ -98,7 +101,7 @@ def dtype_of(source: Path) -> str:
 def test_compiles_without_spills(compiled, source, architecture):
     _, kernels = compiled(source, architecture)
     names = {kernel.name for kernel in kernels}
-    expected = {"loss": set(), "float64": {"rows_in_sweeps", "rows_in_pieces"}}
+    expected = {"loss": set(), "float64": {"rows_in_sweeps", "rows_in_pieces", "rows_in_planes"}}
     assert names == expected.get(dtype_of(source), set(KERNELS))
     for kernel in kernels:
         threads = THREADS[kernel.name]
@@ -164,7 +167,7 @@ def test_machine_code(compiled, dtype):
     width = 4 if dtype == "float32" else 8
     checked = set()
     for (name, mapping, aligned), function in functions.items():
-        if not aligned or mapping == "general":
+        if not aligned or mapping == "general" or name == "rows_in_planes":
             continue
         packs, code = PACKS[name], [instruction for _, instruction in function]
         numbers = packs * width
@@ -195,3 +198,28 @@ def test_machine_code(compiled, dtype):
             trip = (hot - sum(loads[1:]) - packs * 9) / numbers
             assert 0.85 * INSTRUCTIONS[name, mapping] <= trip <= INSTRUCTIONS[name, mapping], (name, mapping, trip)
     assert checked == set(INSTRUCTIONS)
+
+
+# Of a number of channels-first logits, from the first store of a gradient to the last: unpacked, its exponential,
+# compared with the target, packed, stored.
+PLANE_INSTRUCTIONS = {"plain": 8.5, "affine": 10.5}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_machine_code_of_planes(compiled, dtype):
+    """sm_90: of each class four pixels at a time, in one load and one store."""
+    (source,) = (source for source in SOURCES if dtype_of(source) == dtype)
+    functions = functions_of(compiled(source, "sm_90")[0])
+    bits, packs, width = (128, 12, 4) if dtype == "float32" else (64, 24, 4)
+    for mapping, most in PLANE_INSTRUCTIONS.items():
+        code = [instruction for _, instruction in functions["rows_in_planes", mapping, True]]
+        # Of classes that are all held; else of a first sweep, whose loads the caches keep, and of a second.
+        assert count(rf"LDG\S*\.EF\.{bits} ", code) == 2 * packs, mapping
+        assert count(rf"LDG\S*E\.{bits} ", code) >= 2 * packs, mapping
+        stores = [i for i, instruction in enumerate(code) if re.search(rf"STG\S*\.EF\.{bits} ", instruction)]
+        assert len(stores) == packs, mapping
+        assert (stores[-1] - stores[0]) / ((packs - 1) * width) <= most, mapping
+        # Beside those of the numbers: of shifts, of groups that join, of the row program.
+        assert 2 * packs * width <= count(r"MUFU\.EX2", code) <= 2 * packs * width + 64, mapping
+        assert count(r"LDG\S*CONSTANT", code) == (3 * packs if mapping == "affine" else 0), mapping
+        assert count("LDL|STL", code) == 0, mapping

@@ -47,6 +47,7 @@ def test_every_kernel_in_every_order(tmp_path_factory):
 RACES = [
     *("lanes_2", "lanes_4", "lanes_16", "cluster_1", "cluster_1_odd", "cluster_2_bias", "sweeps_weights"),
     *("sweeps_in_place", "pieces_8", "scale_8", "sum_of_few", "weight_sums_of_samples"),
+    *("planes_2_in_place", "planes_8_margin", "planes_sweeps_odd"),
 ]
 
 
@@ -81,10 +82,12 @@ NOTHING = "(void)0"
 
 LANES, CLUSTERS = "softmax_loss.cuh: rows_in_lanes", "softmax_loss.cuh: rows_over_clusters"
 SWEEPS, PIECES = "softmax_loss.cuh: rows_in_sweeps", "softmax_loss.cuh: rows_in_pieces"
+PLANES, LAUNCH_PLANES = "planes.cuh: rows_in_planes", "softmax_loss.cuh: launch_in_planes"
 STORE_TARGET = {"if (owns_target) store_number(d_row + place.target, gradient.target);": ""}
 MINE = "&of_blocks[rank]"
 FINISH = "finish(results, place, {}, sums, common, rank == 0 && lane == 0)"
 HIGHEST = "maximum(sums.highest, piece.highest())"
+ALIGNED_PLANES = "planes.cuh: is_aligned_in_planes"
 ALIGNED, SCALE = "softmax_loss.cuh: is_aligned", "softmax_loss.cu: cudaError_t scale"
 
 MUTANTS = [
@@ -130,6 +133,8 @@ MUTANTS = [
     Mutant("clusters: one buffer", CLUSTERS, {"parity ^= 1;": ""}, "cluster_2_bias", RESULT),
     Mutant("sweeps: no barrier of warps", SWEEPS, {"__syncthreads();#0": ""}, "sweeps_weights", RESULT),
     Mutant("sweeps: no barrier of the gradient", SWEEPS, {"__syncthreads();#1": ""}, "sweeps_weights", RESULT),
+    Mutant("planes: no barrier of groups", PLANES, {"__syncthreads();#0": ""}, "planes_2_in_place", RESULT),
+    Mutant("planes: no barrier of the gradients", PLANES, {"__syncthreads();#1": ""}, "planes_2_in_place", RESULT),
     Mutant("sum: no barrier", "softmax_loss.cu: sum_over_block", {"__syncthreads();": ""}, "sum_of_few", RESULT),
     # Who shares a row
     Mutant(
@@ -268,6 +273,49 @@ MUTANTS = [
         "rounds_of_some",
         r"wrong: 3 blocks",
     ),
+    Mutant(
+        "planes: another group's classes",
+        PLANES,
+        {"thread / shape.lanes": "0"},
+        "planes_2_in_place",
+        RESULT,
+    ),
+    Mutant("planes: only one group counts", PLANES, {"j < groups#1": "j < 1"}, "planes_2_in_place", RESULT),
+    Mutant("planes: a group too many", PLANES, {"j < groups#0": "j <= groups"}, "planes_2_in_place", BEYOND),
+    Mutant(
+        "planes: sums of different shifts",
+        PLANES,
+        {"sums_of_groups[j * pixels + i].raised(joined.highest)": "sums_of_groups[j * pixels + i]"},
+        "planes_2_in_place",
+        RESULT,
+    ),
+    Mutant(
+        "planes: classes left out",
+        LAUNCH_PLANES,
+        {"ceiling(rows.classes, groups * packs)": "1"},
+        "planes_sweeps",
+        RESULT,
+    ),
+    Mutant("planes: some sweeps read nothing", PLANES, {"i > 0": "false"}, "planes_sweeps", RESULT),
+    Mutant("planes: the gradient's sweeps read nothing", PLANES, {"i < sweeps - 1": "false"}, "planes_sweeps", RESULT),
+    Mutant(
+        "planes: a sweep's sums are relative to another shift",
+        "planes.cuh: void raise",
+        {"sums[k].raised(maximum(sums[k].highest, highest[k]))": "sums[k]"},
+        "planes_sweeps",
+        RESULT,
+    ),
+    Mutant(
+        "planes: pixels that are none end", PLANES, {"first + i < rows.count": "true"}, "planes_1", f"{RESULT}|{BEYOND}"
+    ),
+    Mutant("planes: pixels that are none", PLANES, {"row < rows.count": "true"}, "planes_1", BEYOND),
+    Mutant(
+        "planes: more tiles than the cache holds",
+        LAUNCH_PLANES,
+        {"shape_of_block.sweeps > 1": "false"},
+        "rounds_of_planes",
+        r"wrong: 2 blocks",
+    ),
     # The row that comes
     Mutant(
         "lanes: this row comes again", LANES, {"coming.load(next);": "coming.load(place);"}, "lanes_many_rows", RESULT
@@ -327,6 +375,36 @@ MUTANTS = [
     Mutant("sweeps: no gradient of the target", SWEEPS, STORE_TARGET, "sweeps", RESULT),
     Mutant("pieces: no gradient of the target", PIECES, STORE_TARGET, "pieces_8", RESULT),
     Mutant(
+        "planes: the target stays in the rest",
+        "planes.cuh: void exclude",
+        {"packs_[i].set(k, mask_number<S>())#1": NOTHING},
+        "planes_2_in_place",
+        RESULT,
+    ),
+    Mutant(
+        "planes: pixels that do not count are worked on",
+        "planes.cuh: void exclude",
+        {"!places[k].is_read": "false"},
+        "planes_2_in_place",
+        RESULT,
+    ),
+    Mutant("planes: no logit of the target", PLANES, {"places[k].target < 0": "true"}, "planes_2_in_place", RESULT),
+    Mutant(
+        "planes: every group reads the target",
+        PLANES,
+        {"group != 0": "false"},
+        "planes_2_in_place",
+        RACE,
+        "thread",
+    ),
+    Mutant(
+        "planes: no gradient of the target",
+        "planes.cuh: void spread",
+        {"class_of(i) == places[k].target": "false"},
+        "planes_2_in_place",
+        RESULT,
+    ),
+    Mutant(
         "clusters: the target is read when it may be overwritten",
         CLUSTERS,
         {
@@ -380,6 +458,20 @@ MUTANTS = [
         {"column < apart.end": "column <= apart.end"},
         "pieces_unaligned_weights",
         BEYOND,
+    ),
+    Mutant(
+        "planes: a class that is none",
+        "planes.cuh: bool has",
+        {"class_of(i) < rows_.classes": "true"},
+        "planes_2_in_place",
+        f"{BEYOND}|{RESULT}",
+    ),
+    Mutant(
+        "planes: the launch asks for too little",
+        "planes.cuh: unsigned bytes",
+        {"sizeof(T)": "0"},
+        "planes_2_in_place",
+        r"error: bytes \d+ to \d+ of the \d+ that the launch asked for",
     ),
     Mutant("staged: read beyond", "rows.cuh: stage", {"column < rows.classes": "true"}, "lanes_2", BEYOND),
     Mutant("staged: no padding", LANES, {"lanes * packs * Pack<S>::width": "rows.classes"}, "lanes_2", BEYOND),
@@ -441,6 +533,20 @@ MUTANTS = [
             ("class weights", "at_packs(rows.class_weight)", "pieces_unaligned_weights", MISALIGNED),
         ]
     ),
+    *(
+        Mutant(f"planes: unaligned {name}", ALIGNED_PLANES, {text: "true"}, case, found)
+        for name, text, case, found in [
+            ("width", "rows.pixels % width == 0", "planes_narrow", MISALIGNED),
+            ("images", "rows.stride % width == 0", "planes_images_apart", MISALIGNED),
+            ("classes", "rows.class_stride % width == 0", "planes_strided", MISALIGNED),
+            ("images of the gradient", "results.gradient_stride % width == 0", "planes_gradient_apart", MISALIGNED),
+            ("gradient's classes", "results.gradient_class_stride % width == 0", "planes_gradient_strided", MISALIGNED),
+            ("logits", "at_packs(rows.logits)", "planes_offset", MISALIGNED),
+            ("gradient", "at_packs(results.d_logits)", "planes_gradient_offset", MISALIGNED),
+            ("probabilities", "at_packs(rows.probabilities)", "planes_unaligned_probabilities", MISALIGNED),
+            ("wide probabilities", "at_packs(rows.probabilities_wide)", "planes_unaligned_wide", MISALIGNED),
+        ]
+    ),
     Mutant(
         "scale: unaligned gradient",
         SCALE,
@@ -457,7 +563,7 @@ MUTANTS = [
             place,
             {text: re.sub(r"(.+) \* (.+)", r"static_cast<int>(\1) * static_cast<int>(\2)", text)},
             case,
-            OVERFLOW,
+            f"{OVERFLOW}|{RESULT}" if "image" in text else OVERFLOW,  # whose stride may be cut to a small one
         )
         for place, text, case in [
             ("rows.cuh: load_target", "place.row * rows.stride", "lanes_far"),
@@ -467,6 +573,13 @@ MUTANTS = [
             (SWEEPS, "row * results.gradient_stride", "sweeps_far"),
             (PIECES, "place.row * gradient_stride", "pieces_far"),
             ("softmax_loss.cu: scale_rows", "piece.row * stride", "scale_far"),
+            ("planes.cuh: PlaneTile", "image * rows.stride", "planes_far"),
+            ("planes.cuh: T logit", "of_class * rows_.class_stride", "planes_far"),
+            ("planes.cuh: void load", "first * rows_.class_stride", "planes_far_sweeps"),
+            ("planes.cuh: void load", "step_ * rows_.class_stride", "planes_far"),
+            ("planes.cuh: void spread", "first_ * class_stride", "planes_far_sweeps"),
+            ("planes.cuh: void spread", "step_ * class_stride", "planes_far"),
+            (PLANES, "image * results.gradient_stride", "planes_far"),
         ]
     ),
     # Sums
@@ -554,7 +667,7 @@ def write_mutants(cuda):
 
 
 def test_every_barrier_has_its_mutant():
-    for path in (build.CSRC / "cuda" / "softmax_loss.cu", build.CSRC / "cuda" / "softmax_loss.cuh"):
+    for path in (build.CSRC / "cuda" / name for name in ("softmax_loss.cu", "softmax_loss.cuh", "planes.cuh")):
         text = path.read_text()
         barriers = {match.start() for match in re.finditer(r"__syncthreads\(\)|cluster_sync\(", text)}
         begins = set()

@@ -169,9 +169,16 @@ FUNCTIONS = {
     "exp": (mpmath.exp, lambda limit: -np.linspace(0, limit, 4001)),
     "expm1": (mpmath.expm1, lambda limit: -np.concatenate([np.linspace(0, limit, 3001), np.geomspace(1e-30, 1, 1001)])),
     "log": (mpmath.log, lambda limit: np.concatenate([np.geomspace(1e-30, 1e30, 2001), np.linspace(0.5, 2, 2001)])),
-    "log1p": (mpmath.log1p, lambda limit: np.concatenate([np.linspace(0, 1, 3001), np.geomspace(1e-30, 1, 1001)])),
+    "log1p_unit": (mpmath.log1p, lambda limit: np.concatenate([np.linspace(0, 1, 3001), np.geomspace(1e-30, 1, 1001)])),
+    "log1p": (
+        mpmath.log1p,
+        lambda limit: np.concatenate(
+            [np.linspace(-0.999, 9, 5001), np.geomspace(1e-30, 1, 999), -np.geomspace(1e-30, 0.9, 999)]
+        ),
+    ),
+    "sqrt": (mpmath.sqrt, lambda limit: np.concatenate([np.geomspace(1e-30, 1e30, 2001), np.linspace(0, 2, 2001)])),
 }
-ULP = {"exp": 1.25, "expm1": 1.25, "log": 2.5, "log1p": 2.5}
+ULP = {"exp": 1.25, "expm1": 1.25, "log": 2.5, "log1p_unit": 2.5, "log1p": 3.5, "sqrt": 0.5}
 
 
 @pytest.mark.parametrize("number", ["float_lanes", "double_lanes"])
@@ -196,7 +203,9 @@ def test_ends_of_the_lanes_functions(harness, number):
         "exp": ([0, -0.0, -inf, nan, -1e4, -1e30], [1, 1, 0, nan, 0, 0]),
         "expm1": ([0, -0.0, -inf, nan, -1e4, -1e30], [0, 0, -1, nan, -1, -1]),
         "log": ([1, 0, nan], [0, -inf, nan]),
+        "log1p_unit": ([0, nan], [0, nan]),
         "log1p": ([0, nan], [0, nan]),
+        "sqrt": ([0, 1, inf, nan], [0, 1, inf, nan]),
     }
     for which, (x, exact) in ends.items():
         found = harness.function(number, list(FUNCTIONS).index(which), np.array(x, DTYPES[number]))

@@ -11,6 +11,9 @@ from test_softmax_loss import DTYPES, GRADIENT_TOLERANCE, VALUE_TOLERANCE
 
 from imbalance_kernels.binary_objectives import BINARY_REGISTRY
 from imbalance_kernels.functional import sigmoid_loss
+from imbalance_kernels.ops.kernel_arguments import sigmoid_arguments
+from imbalance_kernels.ops.kernels import kernels
+from imbalance_kernels.options import SigmoidOptions
 
 SHAPES = {
     (1, 1): "one logit",
@@ -122,7 +125,8 @@ OPTIONS = {
 def test_option(option, impl, dtype, shape):
     logits = make_logits(shape, dtype)
     options = OPTIONS[option](shape[1])
-    for name, kind, reduction in (("focal", "labels", "mean"), ("cross_entropy", "soft", "none"), ("gce", "lists", "sum")):
+    cases = (("focal", "labels", "mean"), ("cross_entropy", "soft", "none"), ("gce", "lists", "sum"))
+    for name, kind, reduction in cases:
         objective = BINARY_REGISTRY[name]()
         exact = {"objective": name, "parameters": objective.parameters(), **options}
         check(logits, make_target(kind, *shape, dtype), impl, reduction, {"objective": objective, **options}, exact)
@@ -212,12 +216,11 @@ def test_channels_first(impl, dtype, layout, inplace):
     for kind in TARGETS:
         target = make_target(kind, num_rows, 5, dtype)
         dense = kind not in ("labels", "lists")
-        given = as_image(target, target.shape[1:])if dense or kind == "labels" else target.reshape(2, 7, 9, -1)
+        given = as_image(target, target.shape[1:]) if dense or kind == "labels" else target.reshape(2, 7, 9, -1)
         for reduction, weight in (("mean", None), ("none", torch.rand(num_rows)), ("sum", torch.rand(num_rows, 5))):
             upstream = torch.randn(rows.shape if reduction == "none" else (), dtype=torch.float64)
-            value, gradient = oracle.loss_and_gradient(
-                rows, upstream, function=sigmoid_oracle.loss, target=target, reduction=reduction, sample_weight=weight, **exact
-            )
+            call = {"target": target, "reduction": reduction, "sample_weight": weight, **exact}
+            value, gradient = oracle.loss_and_gradient(rows, upstream, function=sigmoid_oracle.loss, **call)
             leaf = images.detach().clone(memory_format=torch.preserve_format).requires_grad_(True)
             x = leaf if not inplace else leaf * 1
             loss = sigmoid_loss(
@@ -300,7 +303,8 @@ def test_labels_out_of_range_raise(impl):
     ):
         if impl == "cuda":  # on a GPU nobody reads them but the kernels
             if target.dim() == 1:
-                loss = sigmoid_loss(x, target, reduction="none", impl=impl)
+                arguments = sigmoid_arguments(target, SigmoidOptions(reduction="none"), None, None)
+                loss, _ = kernels(impl).sigmoid_loss(x, *arguments, False)
                 assert loss.isnan().any(dim=1).tolist() == [False, True, False]
             continue
         with pytest.raises(IndexError, match=message):

@@ -1,5 +1,7 @@
 """The table: registry x implementation x dtype x shape, every option, against the literal float64 oracle."""
 
+import math
+
 import oracle
 import pytest
 import torch
@@ -20,7 +22,14 @@ SHAPES = {
     (3, 4096): "exactly one block",
     (2, 4097): "a block and one class",
     (2, 9001): "blocks and a remainder: one shift per block",
+    # channels first
+    (1, 4, 1, 3): "fewer pixels than a vector",
+    (5, 3, 1, 21): "vectors of more than one image's pixels",
+    (2, 19, 7, 41): "more pixels than a tile, which ends within an image and a vector",
+    (1, 2000, 1, 37): "so many classes that a tile has few pixels, the fewest in float64",
+    (1, 9001, 1, 2): "classes that do not fit beside one another: blocks, swept twice",
 }
+OF_OPTIONS = [(33, 91), (2, 9001), (3, 19, 2, 25), (1, 9001, 1, 2)]
 
 # Errors relative to the size of what is compared; the gradient of a half is rounded once more where upstream is not
 # one.
@@ -28,26 +37,42 @@ VALUE_TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 3e
 GRADIENT_TOLERANCE = {torch.float64: 1e-11, torch.float32: 5e-6, torch.bfloat16: 8.5e-3, torch.float16: 1.1e-3}
 
 
+def rows_of(shape):
+    """(N, C) of a shape (N, C), or (N, C, d1, ...) with a row for each pixel."""
+    return math.prod((shape[0], *shape[2:])), shape[1]
+
+
+def as_images(x, shape):
+    """(N, C) or (N,) as (N, C, d1, ...) or (N, d1, ...), contiguous; other things are left alone."""
+    if len(shape) == 2 or not isinstance(x, torch.Tensor) or x.shape[:1] != rows_of(shape)[:1]:
+        return x
+    images = x.reshape(shape[0], *shape[2:], *x.shape[1:])
+    return images.movedim(-1, 1).contiguous() if x.dim() == 2 else images
+
+
 def make_case(shape, dtype, cosines=False):
-    """Random logits with a mixture of sure and unsure rows, targets with ignored rows, and an upstream gradient."""
-    num_rows, num_classes = shape
-    logits = torch.randn(shape) * torch.logspace(-1, 0.8, num_rows)[:, None]
+    """Rows of random logits, sure and unsure ones, and targets with ignored rows."""
+    num_rows, num_classes = rows_of(shape)
+    logits = torch.randn(num_rows, num_classes) * torch.logspace(-1, 0.8, num_rows)[:, None]
     logits = torch.tanh(logits) if cosines else logits
     target = torch.randint(num_classes, (num_rows,))
     target[num_rows // 2 :: 7] = -100 if num_rows > 1 else target[0]
     return logits.to(dtype), target
 
 
-def check(logits, target, impl, reduction, ours, exact, device="cpu"):
-    """Compare value and gradient under a random upstream gradient; the oracle stays on CPU."""
-    shape = target.shape[:1] if reduction == "none" else ()
-    upstream = torch.randn(shape, dtype=torch.float64)
+def check(logits, target, impl, reduction, ours, exact, device="cpu", shape=(0, 0)):
+    """Compare value and gradient of rows under a random upstream gradient; the oracle stays on CPU.
+
+    They are given to the loss in `shape` where that is (N, C, d1, ...).
+    """
+    upstream = torch.randn(target.shape[:1] if reduction == "none" else (), dtype=torch.float64)
     value, gradient = oracle.loss_and_gradient(logits, upstream, target=target, reduction=reduction, **exact)
-    x = logits.to(device, copy=True).requires_grad_(True)
-    loss = softmax_loss(x, target.to(device), impl=impl, reduction=reduction, **ours)
+    x = as_images(logits, shape).to(device, copy=True).requires_grad_(True)
+    ours = {name: as_images(option, shape) if name == "sample_weight" else option for name, option in ours.items()}
+    loss = softmax_loss(x, as_images(target, shape).to(device), impl=impl, reduction=reduction, **ours)
     assert loss.dtype == (torch.float64 if logits.dtype == torch.float64 else torch.float32)
-    (found,) = torch.autograd.grad(loss, x, upstream.to(device, loss.dtype))
-    loss, found = loss.detach().cpu(), found.cpu()
+    (found,) = torch.autograd.grad(loss, x, as_images(upstream, shape).to(device, loss.dtype))
+    loss, found = loss.detach().cpu().reshape(value.shape), found.cpu().movedim(1, -1).reshape(logits.shape)
     size = value.abs().max().clamp_min(1e-3)
     assert float((loss.double() - value).abs().max() / size) <= VALUE_TOLERANCE[logits.dtype]
     assert found.dtype == logits.dtype
@@ -67,7 +92,7 @@ def test_objective(name, impl, dtype, shape):
     objective = REGISTRY[name]()
     for reduction in ("mean", "none"):
         exact = {"objective": name, "parameters": objective.parameters()}
-        check(logits, target, impl, reduction, {"objective": objective}, exact)
+        check(logits, target, impl, reduction, {"objective": objective}, exact, shape=shape)
 
 
 def _vector(num_classes, low=0.5):
@@ -103,7 +128,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("shape", [(33, 91), (2, 9001)], ids=str)
+@pytest.mark.parametrize("shape", OF_OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("option", OPTIONS)
@@ -113,10 +138,10 @@ def test_option(option, impl, dtype, shape):
     for name, reduction in (("cross_entropy", "mean"), ("focal", "none"), ("focal", "mean")):
         objective = REGISTRY[name]()
         exact = {"objective": name, "parameters": objective.parameters(), **options}
-        check(logits, target, impl, reduction, {"objective": objective, **options}, exact)
+        check(logits, target, impl, reduction, {"objective": objective, **options}, exact, shape=shape)
 
 
-@pytest.mark.parametrize("shape", [(33, 91), (2, 9001)], ids=str)
+@pytest.mark.parametrize("shape", OF_OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("margin", ["arc", "circle"])
@@ -126,44 +151,48 @@ def test_margins_on_cosines(margin, impl, dtype, shape):
     ours = ik.AngularMargin(m2=0.4) if margin == "arc" else ik.logit_map.CircleMargin(0.25)
     exact = {"margin": (margin, 0.4 if margin == "arc" else 0.25), "scale": 8.0}
     for reduction in ("sum", "none"):
-        check(logits, target, impl, reduction, {"margin": ours, "scale": 8.0}, exact)
+        check(logits, target, impl, reduction, {"margin": ours, "scale": 8.0}, exact, shape=shape)
 
 
-@pytest.mark.parametrize("shape", [(33, 91), (2, 9001)], ids=str)
+@pytest.mark.parametrize("shape", OF_OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("option", ["plain", "prior", "softcap", "weighted smoothing", "z-loss"])
 def test_class_probabilities(option, impl, dtype, shape):
     logits, _ = make_case(shape, dtype)
-    target = torch.softmax(torch.randn(shape), dim=1).to(dtype)
+    target = torch.softmax(torch.randn(logits.shape), dim=1).to(dtype)
     options = {} if option == "plain" else OPTIONS[option](shape[1])
     for reduction in ("mean", "none"):
-        check(logits, target, impl, reduction, options, options)
+        check(logits, target, impl, reduction, options, options, shape=shape)
 
 
+@pytest.mark.parametrize("shape", [(33, 91), (2, 5, 17, 19)], ids=str)  # the pixels of more than a tile
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_weights_of_rows_and_normalizer(impl, dtype):
-    logits, target = make_case((33, 91), dtype)
+def test_weights_of_rows_and_normalizer(impl, dtype, shape):
+    logits, target = make_case(shape, dtype)
+    weight = _vector(shape[1])
+    sample_weight = torch.rand(target.shape)
     for options in (
-        {"sample_weight": torch.rand(33)},
-        {"sample_weight": torch.rand(33), "weight": _vector(91), "label_smoothing": 0.1, "z_loss": 0.01},
-        {"sample_weight": torch.rand(33), "normalizer": 7.0},
+        {"sample_weight": sample_weight},
+        {"sample_weight": sample_weight, "weight": weight, "label_smoothing": 0.1, "z_loss": 0.01},
+        {"sample_weight": sample_weight, "normalizer": 7.0},
     ):
-        check(logits, target, impl, "mean", options, options)
-        check(logits, target, impl, "sum", options, options)
+        check(logits, target, impl, "mean", options, options, shape=shape)
+        check(logits, target, impl, "sum", options, options, shape=shape)
 
 
+@pytest.mark.parametrize("shape", [(33, 91), (3, 91, 1, 11)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", ["focal", "poly_focal"])
-def test_gamma_per_class(name, impl, dtype):
-    logits, target = make_case((33, 91), dtype)
+def test_gamma_per_class(name, impl, dtype, shape):
+    logits, target = make_case(shape, dtype)
     gamma = torch.linspace(0, 4, 91)
     second = () if name == "focal" else (0.5,)
     exact = {"objective": name, "parameters": (gamma, *second)}
     for reduction in ("mean", "none"):
-        check(logits, target, impl, reduction, {"objective": REGISTRY[name](gamma, *second)}, exact)
+        check(logits, target, impl, reduction, {"objective": REGISTRY[name](gamma, *second)}, exact, shape=shape)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

@@ -15,20 +15,31 @@ import mpmath
 import numpy as np
 import oracle
 import pytest
+import sigmoid_oracle
 import torch
 import triton
 import triton.language as tl
+from binary_cases import (
+    CASES,
+    logits_and_labels,
+    product_halves,
+    specification,
+    tolerance,
+    worst,
+)
 from test_triton_compile import VERSIONS, folder, require
 from triton.runtime import interpreter
 
-from imbalance_kernels.functional import softmax_loss
+from imbalance_kernels.binary_objectives import BINARY_REGISTRY
+from imbalance_kernels.functional import sigmoid_loss, softmax_loss
 from imbalance_kernels.objectives import REGISTRY
 from imbalance_kernels.ops.kernel_arguments import objective_arguments, split_arguments
 from imbalance_kernels.ops.kernels import SCHEMAS
 from imbalance_kernels.ops.kernels import kernels as operations_of
 from imbalance_kernels.options import SoftmaxOptions
-from imbalance_kernels.triton_kernels import launch, objectives
+from imbalance_kernels.triton_kernels import binary_objectives, launch, objectives
 from imbalance_kernels.triton_kernels import math as functions
+from imbalance_kernels.triton_kernels import sigmoid_loss as sigmoid_kernels
 from imbalance_kernels.triton_kernels import softmax_loss as kernels
 
 
@@ -96,6 +107,111 @@ def test_objectives_equal_the_registry(case, dtype):
         size = torch.maximum(exact.abs(), term)
         same = (found.double() == exact) | ((found.double() - exact).abs() <= 150 * unit * size + 1e-37)
         assert same[away].all(), d[away & ~same]
+
+
+# ---------------------------------------------------------------- binary objectives
+
+
+def test_every_binary_objective_of_the_registry_is_there():
+    assert list(binary_objectives.BINARY_OBJECTIVES) == list(BINARY_REGISTRY)
+
+
+@triton.jit
+def _evaluate_sides(
+    x,
+    y,
+    exponent,
+    numbers,
+    results,  # (6, BLOCK): both sides with slopes; value and slope of a hard label
+    objective: tl.constexpr,
+    hard: tl.constexpr,
+    soft: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at = tl.arange(0, BLOCK)
+    logits = tl.load(x + at)
+    labels = tl.load(y + at)
+    positive = labels == 1
+    t = objectives.truth_of(logits)
+    of_truth = objectives.truth_of(tl.where(positive, logits, -logits))
+    if exponent is None:
+        sides = soft(t, labels, numbers.first, numbers, objective)
+        found = hard(of_truth, positive, numbers.first, numbers, objective)
+    else:
+        sides = soft(t, labels, tl.load(exponent + at), numbers, objective)
+        found = hard(of_truth, positive, tl.load(exponent + at), numbers, objective)
+    tl.store(results + at, sides[0])
+    tl.store(results + BLOCK + at, sides[1])
+    tl.store(results + 2 * BLOCK + at, sides[2])
+    tl.store(results + 3 * BLOCK + at, sides[3])
+    tl.store(results + 4 * BLOCK + at, found[0])
+    tl.store(results + 5 * BLOCK + at, found[1])
+
+
+def evaluate_sides(name, parameters, x, y, products):
+    """Both sides with their slopes, and what a hard label costs; exponents as products where they can be, if asked."""
+    x, y = torch.from_numpy(x), torch.from_numpy(y)
+    results = torch.empty(6, len(x), dtype=x.dtype)
+    numbers = sigmoid_kernels.numbers_of(name, BINARY_REGISTRY[name](*parameters).kernel_parameters(), products, x)
+    first = None if products or not parameters else torch.full_like(x, float(numbers.first))
+    _evaluate_sides[(1,)](x, y, first, numbers, results, *binary_objectives.BINARY_OBJECTIVES[name], len(x))
+    return list(results.numpy())
+
+
+def padded(*arrays):
+    """To a power of two, as blocks are."""
+    size = 1 << (len(arrays[0]) - 1).bit_length()
+    return [np.concatenate([array, np.full(size - len(array), array[-1])]) for array in arrays]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("name, parameters", CASES)
+def test_binary_objectives_equal_the_registry(name, parameters, dtype):
+    """Both sides of soft labels and hard ones, and hard labels by their own function."""
+    x, y = padded(*logits_and_labels(dtype, name, parameters))
+    exact = specification(name, parameters, x, y)
+    allowed = tolerance(name, parameters, x, y, exact, np.finfo(dtype).eps, np.finfo(dtype).tiny)
+    for products in (False, True) if product_halves(name, parameters) else (False,):
+        *sides, value, slope = evaluate_sides(name, parameters, x, y, products)
+        missed = worst(sides, exact, allowed, x, y)
+        assert not missed, (products, missed)
+        for label, sign, of_value in ((1, 1, 0), (0, -1, 2)):
+            of = y == label
+            found = [value[of], sign * slope[of]] * 2
+            right = [exact[of_value][of], exact[of_value + 1][of]] * 2
+            missed = worst(found, right, [allowed[of_value][of], allowed[of_value + 1][of]] * 2, x[of], y[of])
+            assert not missed, (products, "hard", missed)
+
+
+@pytest.mark.parametrize("name, parameters", CASES)
+def test_binary_objectives_equal_the_registry_at_the_ends(name, parameters):
+    """Of hard labels: infinite where the specification is, finite slopes, and a NaN stays one."""
+    for dtype in (np.float32, np.float64):
+        x = np.tile(np.array([math.inf, -math.inf, 1e4, -1e4, 0.0, math.nan, 1e3, -1e3], dtype), 2)
+        y = np.repeat(np.array([0.0, 1.0], dtype), 8)
+        exact = specification(name, parameters, x, y)
+        for products in (False, True) if product_halves(name, parameters) else (False,):
+            *sides, value, slope = evaluate_sides(name, parameters, x, y, products)
+            for label, sign, of_value in ((1, 1, 0), (0, -1, 2)):
+                of = y == label
+                for found, right in (
+                    (sides[of_value], exact[of_value]),
+                    (sides[of_value + 1], exact[of_value + 1]),
+                    (value, exact[of_value]),
+                    (sign * slope, exact[of_value + 1]),
+                ):
+                    np.testing.assert_allclose(found[of], right[of], rtol=3e-5, atol=1e-30)
+                    assert np.isnan(found[of]).tolist() == [False] * 5 + [True] + [False] * 2
+
+
+def test_exponents_are_products_where_they_can_be():
+    """A compile-time number of halves; a class vector's exponents never are."""
+    logits = torch.empty(0)
+    for name, parameters in CASES:
+        numbers = sigmoid_kernels.numbers_of(name, BINARY_REGISTRY[name](*parameters).kernel_parameters(), True, logits)
+        halves = [getattr(x, "value", x) for x in numbers[3:]]
+        assert halves == [*product_halves(name, parameters), None, None][:2]
+        assert sigmoid_kernels.numbers_of(name, parameters, False, logits)[3:] == (None, None)
 
 
 # ---------------------------------------------------------------- elementary functions
@@ -424,6 +540,147 @@ def test_a_long_sum_of_losses():
     loss, _ = loss_and_gradient(logits, target, sample_weight=weight)
     right, _ = oracle.loss_and_gradient(logits, 1.0, target=target, sample_weight=weight)
     assert float(loss) == pytest.approx(float(right), rel=1e-6)
+
+
+# ---------------------------------------------------------------- sigmoid_loss
+
+
+def sigmoid_call(logits, target, upstream=1.0, **options):
+    leaf = logits.clone().requires_grad_()
+    loss = sigmoid_loss(leaf, target, impl="triton", **options)
+    (gradient,) = torch.autograd.grad(loss, leaf, torch.as_tensor(upstream, dtype=loss.dtype).expand_as(loss))
+    return loss.detach(), gradient
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_classes", [1, 2, 7, 8, 16, 91, 80, 2047, 2048, 2049, 8192, 8193, 20000])
+def test_sigmoid_loss_across_every_tile_boundary(num_classes, dtype):
+    """Vectors within rows, over rows, and none; tiles of several rows, of one, and pieces; beside them strided rows."""
+    for num_rows in (1, 5, 8):
+        wide = torch.randn(num_rows, num_classes + 8).to(dtype)
+        target = torch.randint(num_classes + 1, (num_rows,))
+        target[0] = num_classes - 1
+        weight = torch.rand(num_classes)
+        for logits in (wide[:, :num_classes], wide[:, :num_classes].contiguous()):
+            options = {"pos_weight": weight, "reduction": "sum"}
+            right, exact = oracle.loss_and_gradient(logits, 1.0, function=sigmoid_oracle.loss, target=target, **options)
+            loss, gradient = sigmoid_call(logits, target, **options)
+            assert float(loss) == pytest.approx(float(right), rel=2e-6)
+            assert oracle.worst_row_error(gradient, exact) <= (8e-3 if dtype == torch.bfloat16 else 2e-6)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 1), (3, 1, 70), (2, 21, 100), (1, 19, 2100), (2, 40, 9), (2, 7, 16)], ids=str)
+def test_sigmoid_loss_across_the_tiles_of_images(shape):
+    images = torch.randn(shape)
+    num_rows = shape[0] * shape[2]
+    rows = images.transpose(1, 2).reshape(num_rows, shape[1])
+    target = torch.randint(shape[1] + 1, (num_rows,))
+    right, exact = oracle.loss_and_gradient(rows, 1.0, function=sigmoid_oracle.loss, target=target)
+    loss, gradient = sigmoid_call(images, target.view(shape[0], shape[2]))
+    assert float(loss) == pytest.approx(float(right), rel=2e-6)
+    assert oracle.worst_row_error(gradient.transpose(1, 2).reshape(rows.shape), exact) <= 2e-6
+
+
+def test_the_quotient_of_flat_tiles_is_exact():
+    """Of every number that a tile may divide by every width that it may have."""
+    beyond = np.arange(sigmoid_kernels.TILE + sigmoid_kernels.FLAT_CLASSES, dtype=np.uint64)
+    bits = sigmoid_kernels.QUOTIENT_BITS.value
+    assert ((beyond << np.uint64(32 - bits)) < 2**31).all()
+    for num_classes in range(1, sigmoid_kernels.FLAT_CLASSES + 1):
+        logits = torch.empty(1, num_classes, device="meta")
+        tile = sigmoid_kernels.tile_of(logits, None)
+        assert tile.layout == "flat" and tile.reciprocal < 2**31
+        here = beyond[: sigmoid_kernels.TILE + num_classes]
+        quotient = ((here << np.uint64(32 - bits)) * np.uint64(tile.reciprocal)) >> np.uint64(32)
+        assert (quotient == here // np.uint64(num_classes // tile.unit)).all()
+
+
+@pytest.mark.parametrize("num_classes", [50, 9000])
+def test_sigmoid_offsets_beyond_32_bits(num_classes, monkeypatch):
+    """In place, on rows so far apart that the memory between them is never touched; then images and their classes."""
+    monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)
+    stride = 2**31 + 16
+    storage = torch.empty(2 * stride + num_classes, dtype=torch.bfloat16)
+    call = ("focal", [2.0], None, 0.25, 0.75, None, None, None, None, None, -100, "sum")
+    for shape, strides in (((3, num_classes), (stride, 1)), ((1, 3, num_classes), (stride, stride, 1))):
+        far = storage.as_strided(shape, strides).copy_(torch.randn(shape))
+        near = far.contiguous()
+        target = torch.randint(4, (3 if len(shape) == 2 else num_classes,))
+        loss = sigmoid_kernels.sigmoid_loss_(far, target, *call)
+        torch.testing.assert_close(loss, sigmoid_kernels.sigmoid_loss_(near, target, *call), rtol=1e-6, atol=0)
+        assert torch.equal(far, near)
+
+
+@pytest.mark.parametrize("as_images", [False, True])
+@pytest.mark.parametrize("as_lists", [False, True])
+def test_a_label_outside_makes_its_row_nan_and_no_other(as_images, as_lists):
+    """Out of the divisor of labels. A sample weight of 0 wins over it, a class weight of 0 does not."""
+    logits = torch.randn(6, 5)
+    target = torch.tensor([3, 6, 5, -1, -100, 2**40])
+    weight = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 0.0])
+    if as_lists:  # where the background is no class
+        target = torch.stack([torch.tensor([3, 6, 0, -1, -100, 2**40]), torch.full((6,), -100)], dim=1)
+    given = logits.t()[None].contiguous() if as_images else logits
+    call = (target, "cross_entropy", [], None, 1.0, 0.0, None, None, None, weight, None, -100)
+    losses, _ = sigmoid_kernels.sigmoid_loss(given, *call, "none", False)
+    upstream = torch.rand(given.shape)
+    gradient = sigmoid_kernels.sigmoid_loss_backward(given, *call, "none", upstream)
+    mean, of_mean = sigmoid_kernels.sigmoid_loss(given, *call, "mean", True)
+    assert mean.isnan()
+    for found in (losses, gradient, of_mean):
+        found = found[0].t() if as_images else found
+        assert found.isnan().all(dim=1).tolist() == [False, True, False, True, False, False]
+        assert found.isnan().any(dim=1).tolist() == [False, True, False, True, False, False]
+        assert (found[4:] == 0).all()
+    of_mean = of_mean[0].t() if as_images else of_mean
+    divisor = 6 * 5 if as_lists else 2 * 5  # logits, or those of the rows with a class and the background
+    slope = torch.sigmoid(logits[0, 3]) - 1
+    assert float(of_mean[0, 3]) == pytest.approx(float(slope) / divisor, rel=1e-5)
+
+
+def test_a_hard_labels_bits_are_the_same_among_soft_ones():
+    """Soft labels take another way, found tile by tile."""
+    logits, labels = torch.randn(64, 16) * 4, (torch.rand(64, 16) < 0.3).float()
+    for name in ("focal", "quality_focal", "asymmetric"):
+        options = {"objective": BINARY_REGISTRY[name](), "reduction": "none"}
+        alone = sigmoid_call(logits, labels, **options)
+        soft = labels.clone()
+        soft[::3, ::5] = 0.37
+        among = sigmoid_call(logits, soft, **options)
+        for before, after in zip(alone, among, strict=True):
+            assert torch.equal(before[soft == labels], after[soft == labels])
+            assert not torch.equal(before, after)
+
+
+def test_sigmoid_operations_called_directly_check_what_they_get():
+    x, target = torch.randn(6, 5), torch.zeros(6, dtype=torch.long)
+
+    def call(target=target, objective="focal", weight=None, sample_weight=None, reduction="sum"):
+        return (target, objective, [2.0], None, 1.0, 1.0, weight, None, None, sample_weight, None, -100, reduction)
+
+    loss = sigmoid_kernels.sigmoid_loss
+    for message, arguments in (
+        ("logits must be .N, C. rows or .B, C, P. images", (x.t(), *call(torch.zeros(5)))),
+        ("target has shape", (x, *call(target[:5]))),
+        ("target has shape", (x, *call(torch.zeros(6, 4)))),
+        ("'mine', which the kernels do not know", (x, *call(objective="mine"))),
+        ("reduction is 'average'", (x, *call(reduction="average"))),
+        ("positive_weight must be .5,.", (x, *call(weight=torch.ones(4)))),
+        ("sample_weight must be .6,.", (x, *call(sample_weight=torch.ones(5)))),
+    ):
+        with pytest.raises(ValueError, match=message):
+            loss(*arguments, False)
+    for message, arguments in (
+        ("input has dtype", (x.long(), *call())),
+        ("positive_weight has dtype", (x, *call(weight=torch.ones(5).half()))),
+        ("sample_weight has dtype", (x, *call(sample_weight=torch.ones(6, 5).half()))),
+    ):
+        with pytest.raises(TypeError, match=message):
+            loss(*arguments, False)
+    with pytest.raises(ValueError, match="upstream gradient of 'none'"):
+        sigmoid_kernels.sigmoid_loss_(x, *call(reduction="none"))
+    with pytest.raises(ValueError, match="upstream must be .6, 5."):
+        sigmoid_kernels.sigmoid_loss_backward(x, *call(reduction="none"), torch.ones(6))
 
 
 # ---------------------------------------------------------------- approximate instructions

@@ -31,6 +31,7 @@ REGISTERS = {
     ("bfloat16", 32000): (64, 56),
     ("float32", 32000): (64, 64),
 }
+PLANE_REGISTERS = 128  # of 128 or 256 threads
 SPILLED = 400  # bytes a thread that options beyond the main ones may spill; sines of float64 take memory too
 CLUSTER_REGISTERS = 88  # of 512 threads, two or eight blocks a row
 
@@ -113,6 +114,91 @@ def test_rows_over_a_cluster(version, target):
         if case["dtype"] == "bfloat16" and case["classes"] % 8 == 0:
             assert kernel["reads_target_before_barrier"], (case, kernel)
             assert kernel["stores"] == 4
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("version", sorted({*VERSIONS, triton.__version__}))
+def test_channels_first(version, target):
+    """A warp's threads lie along the pixels, where memory does, and blocks are stored as they are loaded."""
+    found = [
+        (result["case"], kernel)
+        for result in results(version, target, "planes")
+        for kernel in result["compiled"]
+        if kernel["kernel"].startswith("planes.")
+    ]
+    names = [kernel["kernel"] for _, kernel in found]
+    assert names == ["planes._planes"] * 4 + ["planes._long_planes"]
+    for case, kernel in found:
+        warp = 64 if target == "gfx942" else 32
+        assert kernel["warps"] == [f"{warp}, 1"], (case, kernel)
+        # A number of each pixel for each warp that shares it; a whole block would be more.
+        assert kernel["shared"] <= 8 * kernel["threads"], (case, kernel)
+        spilled = 16 if "long" in kernel["kernel"] else 0  # 3.9 allows it but 64 registers
+        assert kernel["spilled"] <= spilled and kernel["registers"] <= PLANE_REGISTERS, (case, kernel)
+
+
+def sigmoid_kernels(version: str, target: str, which: str):
+    """(case, kernel) of sigmoid_loss: its one kernel over the logits."""
+    for result in results(version, target, which):
+        for kernel in result["compiled"]:
+            if kernel["kernel"] == "sigmoid_loss._tiles":
+                yield result["case"], kernel
+
+
+SIGMOID_REGISTERS = {"dense": 112}  # of 256 threads, measured and rounded up to eight; soft labels take two ways
+
+
+def check_sigmoid_variants(version: str, target: str) -> None:
+    """Logits go by 16 bytes, also where rows cut vectors, and dense labels as they do; nothing spills."""
+    found = list(sigmoid_kernels(version, target, "sigmoid"))
+    assert len(found) == len(triton_compile.SIGMOID) - 2  # rows of one class share the kernel of rows of 91
+    for case, kernel in found:
+        vectors = bytes_of(case["dtype"]) // 2
+        assert kernel["threads"] == 256 and kernel["stores"] == vectors, (case, kernel)
+        assert kernel["loads"] >= vectors * (2 if case["labels"] == "dense" else 1), (case, kernel)
+        assert kernel["spilled"] == 0, (case, kernel)
+        if target in NVIDIA:
+            assert kernel["registers"] <= SIGMOID_REGISTERS.get(case["labels"], 64), (case, kernel)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_main_variants_of_sigmoid_loss(version, target):
+    check_sigmoid_variants(version, target)
+
+
+def test_sigmoid_loss_with_this_environments_own_version():
+    for target in ("sm_90", "gfx942"):
+        check_sigmoid_variants(triton.__version__, target)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_every_sigmoid_objective_compiles(target):
+    """With labels of every kind, in every layout and dtype, with and without powers that are products."""
+    found = results(triton.__version__, target, "sigmoid all")
+    assert len(found) == len(triton_compile.SIGMOID_ALL) and all(result["launches"] > 0 for result in found)
+    for case, kernel in sigmoid_kernels(triton.__version__, target, "sigmoid all"):
+        assert kernel["spilled"] <= (SPILLED if case["dtype"] == "float64" else 0), (case, kernel)
+        assert kernel["registers"] * kernel["threads"] <= (65536 if target in NVIDIA else 131072), (case, kernel)
+
+
+def test_sigmoid_loss_compiles_nothing_but_the_first():
+    """Not for another number of rows, classes or entries of a list, or another ignore_index."""
+    found = results(triton.__version__, "sm_90", "sigmoid same")
+    compiled = [
+        [kernel for kernel in result["compiled"] if kernel["kernel"].startswith("sigmoid_loss")] for result in found
+    ]
+    per_kind = len(found) // 3
+    for first in range(0, len(found), per_kind):
+        assert compiled[first] and not any(compiled[first + 1 : first + per_kind]), found
+
+
+def test_few_launches_of_sigmoid_loss():
+    """Loss and gradient with a normalizer are two launches, a mean over labels four, over all logits two."""
+    launches = {result["launches"] for result in results(triton.__version__, "sm_90", "sigmoid")}
+    assert launches == {2}
+    same = results(triton.__version__, "sm_90", "sigmoid same")
+    assert [result["launches"] for result in same[:: len(same) // 3]] == [4, 2, 2]
 
 
 # Both versions compile half of the targets, so that every pair of options is compiled once.

@@ -24,11 +24,12 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from imbalance_kernels.binary_objectives import BINARY_REGISTRY
 from imbalance_kernels.logit_map import AngularMargin, CircleMargin, LogitMap
 from imbalance_kernels.objectives import REGISTRY
 from imbalance_kernels.ops.kernel_arguments import objective_arguments, split_arguments
 from imbalance_kernels.options import SoftmaxOptions, accumulate_dtype
-from imbalance_kernels.triton_kernels import launch, softmax_loss, target_and_rest
+from imbalance_kernels.triton_kernels import launch, planes, sigmoid_loss, softmax_loss, target_and_rest
 
 # What a target is, and the properties that a device of its kind reports.
 TARGETS = {
@@ -83,13 +84,13 @@ def use(target: str) -> _Driver:
     gpu, device = TARGETS[target]
     driver = _Driver(gpu)
     triton.runtime.driver.set_active(driver)
-    launch.device_of = softmax_loss.device_of = lambda _: device
+    launch.device_of = softmax_loss.device_of = sigmoid_loss.device_of = lambda _: device
     return driver
 
 
 def kernels() -> list[triton.JITFunction]:
     """Every kernel that launchers launch."""
-    modules = (softmax_loss, target_and_rest)
+    modules = (softmax_loss, planes, target_and_rest, sigmoid_loss)
     found = [x for module in modules for x in vars(module).values() if isinstance(x, triton.JITFunction)]
     return [x for x in found if x.fn.__module__ in {module.__name__ for module in modules}]
 
@@ -150,6 +151,9 @@ def call(driver: _Driver, **case) -> None:
     if operation == "in place" and reduction == "none":  # knows no upstream gradient
         operation = "gradient"
     logits = torch.empty((num_rows, num_classes), dtype=dtype)
+    if case.get("pixels") and "split" not in operation:  # of each image
+        logits = torch.empty((num_rows, num_classes, case["pixels"]), dtype=dtype)
+        num_rows = num_rows * case["pixels"]
     target = torch.zeros(logits.shape, dtype=dtype) if probabilities else torch.zeros(num_rows, dtype=torch.int64)
     split = split_arguments(options)
     normalizer = vector(()) if reduction == "normalizer" else None
@@ -176,6 +180,49 @@ def call(driver: _Driver, **case) -> None:
     calls[operation]()
 
 
+def call_sigmoid(driver: _Driver, **case) -> None:
+    """The same of the sigmoid family: logits of `shape`, labels of a kind."""
+    shape, dtype = tuple(case["shape"]), DTYPES[case["dtype"]]
+    statistics = accumulate_dtype(dtype)
+    logits = torch.empty(shape, dtype=dtype)
+    num_classes, num_rows = shape[1], shape[0] * (shape[2] if len(shape) == 3 else 1)
+    target = {
+        "labels": lambda: torch.zeros(num_rows, dtype=torch.int64),
+        "lists": lambda: torch.zeros(num_rows, case.get("list_length", 3), dtype=torch.int64),
+        "bool": lambda: torch.zeros(shape, dtype=torch.bool),
+        "dense": lambda: torch.zeros(shape, dtype=dtype),
+        "dense float32": lambda: torch.zeros(shape, dtype=statistics),
+    }[case.get("labels", "labels")]()
+
+    def vector(size):
+        return torch.ones(size, dtype=statistics)
+
+    objective = BINARY_REGISTRY[case["objective"]](*case.get("parameters", ()))
+    weighting = case.get("weighting", "alpha")
+    vectors = weighting == "vectors"
+    of_class = vector(num_classes) if vectors and case["objective"] in ("focal", "poly_focal") else None
+    sample_weight = {"rows": num_rows, "logits": shape}.get(case.get("sample_weight", ""))
+    reduction = case.get("reduction", "normalizer")
+    call = (
+        target,
+        *objective_arguments(objective)[:2],
+        of_class,
+        *((0.25, 0.75) if weighting == "alpha" else (1.0, 1.0)),
+        vector(num_classes) if vectors else None,
+        vector(num_classes) if vectors else None,
+        vector(num_classes) if vectors else None,
+        None if sample_weight is None else vector(sample_weight),
+        vector(()) if reduction == "normalizer" else None,
+        case.get("ignore_index", -100),
+        "sum" if reduction == "normalizer" else reduction,
+    )
+    if reduction == "none":
+        sigmoid_loss.sigmoid_loss(logits, *call, False)
+        sigmoid_loss.sigmoid_loss_backward(logits, *call, vector(shape))
+    else:
+        sigmoid_loss.sigmoid_loss(logits, *call, True)
+
+
 # The lines of the benchmark: loss and gradient of cross-entropy and of focal + prior, with a normalizer.
 MAIN = [
     {"dtype": dtype, "classes": num_classes, "objective": objective, "map": map_name}
@@ -195,10 +242,23 @@ PROBABILITIES = [
     {"dtype": "bfloat16", "classes": num_classes, "weighting": "probabilities"} for num_classes in (8192, 32000)
 ]
 
+# Channels-first, of few classes, of more than a thread holds, and of more than a program does.
+PLANES = [
+    {"dtype": dtype, "classes": num_classes, "pixels": 4096, "rows": 2, "objective": "focal", "map": map_name}
+    for dtype, num_classes, map_name in [
+        ("float32", 19, "plain"),
+        ("float32", 21, "prior"),
+        ("bfloat16", 19, "plain"),
+        ("float32", 150, "plain"),
+        ("bfloat16", 1000, "prior"),
+    ]
+]
+
 FACTORS = {
     "target": ["sm_80", "sm_90", "sm_100", "gfx942"],
     "dtype": list(DTYPES),
     "classes": [2, 91, 1000, 16384, 20001, 32000],
+    "pixels": [0, 0, 300],
     "operation": ["loss", "loss and gradient", "in place", "gradient", "split", "split backward"],
     "objective": list(REGISTRY),
     "map": ["plain", "prior", "everything", "softcap", "margin", "class margins", "arc", "sphere", "circle"],
@@ -208,6 +268,62 @@ FACTORS = {
     "z_loss": [False, True],
     "sample_weight": [False, True],
 }
+
+
+# Rows side by side, whose vectors are of one row and of several; pieces of rows; images; and labels that may be soft.
+SIGMOID = [
+    {"shape": shape, "dtype": dtype, "objective": objective, "labels": labels}
+    for shape, dtype, labels in [
+        ((1000, 80), "bfloat16", "labels"),
+        ((1000, 80), "float32", "labels"),
+        ((1000, 91), "bfloat16", "labels"),
+        ((4096, 1), "bfloat16", "labels"),
+        ((16, 16000), "bfloat16", "labels"),
+        ((4, 19, 4096), "bfloat16", "labels"),
+        ((1000, 80), "bfloat16", "bool"),
+        ((1000, 80), "bfloat16", "dense"),
+    ]
+    for objective in ("cross_entropy", "focal")
+]
+
+# Every objective, with one after the other of everything else; exponents that are products, and some that are not.
+SIGMOID_ALL = [
+    {
+        "shape": ((1000, 80), (3, 91), (16, 16000), (4, 19, 4096), (2, 3, 7))[place % 5],
+        "dtype": list(DTYPES)[place % 4],
+        "objective": name,
+        "parameters": parameters,
+        "labels": ("dense", "labels", "dense float32", "lists", "bool", "dense", "dense float32")[place % 7],
+        "weighting": ("alpha", "vectors", "none")[place % 3],
+        "sample_weight": ("", "rows", "logits")[place // 2 % 3],
+        "reduction": ("mean", "none", "normalizer", "sum")[place // 3 % 4],
+    }
+    for place, (name, parameters) in enumerate(
+        [
+            *((name, ()) for name in BINARY_REGISTRY),
+            ("focal", (0.7,)),
+            ("poly_focal", (0.5, 1.0)),
+            ("quality_focal", (1.3,)),
+            ("varifocal", (0.7, 0.75)),
+            ("asymmetric", (3.3, 0.7, 0.05)),
+            ("asymmetric", (4.0, 0.5, 0.0)),
+        ]
+    )
+]
+
+SIGMOID_SAME = [
+    {"shape": (8, 80), "dtype": "bfloat16", "objective": "focal", "reduction": "mean", "labels": labels, **change}
+    for labels in ("labels", "lists", "dense")
+    for change in (
+        {},
+        {"shape": (1, 80)},
+        {"shape": (4099, 80)},
+        {"shape": (16, 8)},
+        {"ignore_index": 1},
+        {"ignore_index": 0},
+        {"list_length": 1},
+    )
+]
 
 
 def pairwise() -> list[dict]:
@@ -238,7 +354,10 @@ def describe(kernel: triton.JITFunction, binary) -> dict:
         "kernel": f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}",
         "threads": binary.metadata.num_warps * binary.metadata.target.warp_size,
         "blocks": getattr(binary.metadata, "num_ctas", 1),
-        "shape": {k: v for k, v in constants.items() if k in ("UNIT", "ROWS", "BLOCK", "LANES", "VECTOR")},
+        "shape": {k: v for k, v in constants.items() if k in ("UNIT", "ROWS", "COLUMNS", "BLOCK", "LANES", "VECTOR")},
+        # How a warp's threads lie on blocks, and what passes between them through shared memory.
+        "warps": sorted(set(re.findall(r"threadsPerWarp = \[(\d+, \d+)\]", binary.asm["ttgir"]))),
+        "shared": binary.metadata.shared,
     }
     if "amdgcn" in binary.asm:
         assembly = binary.asm["amdgcn"]
@@ -268,7 +387,7 @@ def run(target: str, cases: list[dict]) -> None:
     driver = use(target)
     for case in cases:
         before, launches = set(compiled()), driver.launches
-        call(driver, **case)
+        (call_sigmoid if "shape" in case else call)(driver, **case)
         new = [describe(*found) for key, found in compiled().items() if key not in before]
         print(json.dumps({"case": case, "launches": driver.launches - launches, "compiled": new}), flush=True)
 
@@ -296,7 +415,8 @@ CLUSTERS = [{**case, "operation": "in place"} for case in MAIN if case["classes"
 
 
 def main() -> None:
-    sets = {"main": MAIN + PROBABILITIES, "same": SAME, "clusters": CLUSTERS, "pairs": pairwise()}
+    sets = {"main": MAIN + PROBABILITIES, "same": SAME, "clusters": CLUSTERS, "planes": PLANES, "pairs": pairwise()}
+    sets |= {"sigmoid": SIGMOID, "sigmoid all": SIGMOID_ALL, "sigmoid same": SIGMOID_SAME}
     if len(sys.argv) != 3 or sys.argv[1] not in TARGETS or sys.argv[2] not in sets:
         sys.exit(f"triton_compile.py: give a target ({', '.join(TARGETS)}) and a set of cases ({', '.join(sets)})")
     target, which = sys.argv[1:]

@@ -28,10 +28,14 @@ __all__ = [
     "cluster_tile",
     "constants_of",
     "device_of",
+    "long_plane_programs",
+    "long_plane_tile",
     "long_programs",
     "long_tile",
+    "num_rows_of",
     "number",
     "on",
+    "plane_tile",
     "row_tile",
     "vector_of",
     "widths_of",
@@ -48,6 +52,10 @@ TILE_BYTES = 8192  # of rows that share a program of 128 threads: half of that, 
 TILE_ROWS = 128  # at most, one a thread
 CLUSTER = 16  # blocks, at most: what Hopper and the Blackwell of data centres allow, beyond the portable 8
 VECTOR_BYTES = 16
+PLANE_BYTES = 128  # of a pixel's statistics that a thread of channels-first logits holds
+PLANE_GROUPS = 16  # of threads that share a pixel's classes, at most
+LONG_PLANE_GROUPS = 8  # where its classes are taken in blocks, and threads hold half
+PLANE_THREADS = 128  # of a program, where that many pixels do not each need more
 LONG_THREADS = 1024  # of a program that takes a row in blocks; four vectors a thread spill
 IN_FLIGHT = 0.7  # of the L2 cache, for rows that are to be read again
 
@@ -138,10 +146,44 @@ def block_tile(logits: Tensor) -> RowTile:
     return RowTile(min(TILE_ROWS, TILE_BYTES // (block * number_bytes)), block, num_warps=4)
 
 
+def plane_tile(logits: Tensor) -> RowTile | None:
+    """Return the tile for channels-first logits (B, C, P) where a program holds all classes of its pixels, or None."""
+    groups = _plane_groups(logits)
+    return None if groups > PLANE_GROUPS else _plane_tile(logits, groups, PLANE_BYTES)
+
+
+def long_plane_tile(logits: Tensor) -> RowTile:
+    """Return the tile for more classes than that: its block is a part of them."""
+    return _plane_tile(logits, LONG_PLANE_GROUPS, PLANE_BYTES // 2)
+
+
+def _plane_groups(logits: Tensor) -> int:
+    """Return how many threads share the classes of a pixel."""
+    number_bytes = accumulate_dtype(logits.dtype).itemsize
+    return max(1, triton.next_power_of_2(logits.shape[1]) * number_bytes // PLANE_BYTES)
+
+
+def _plane_tile(logits: Tensor, groups: int, thread_bytes: int) -> RowTile:
+    """Return a tile of whole warps of pixels, whose block is as many classes as threads hold.
+
+    How many pixels there are does not change who sums which classes of one, nor so its bits.
+    """
+    number_bytes, warp = accumulate_dtype(logits.dtype).itemsize, device_of(logits.device).warp
+    block = min(max(2, triton.next_power_of_2(logits.shape[1])), groups * thread_bytes // number_bytes)
+    most = max(warp, PLANE_THREADS // groups)
+    rows = min(most, max(warp, triton.next_power_of_2(logits.shape[2])))
+    return RowTile(rows, block, num_warps=rows * groups // warp)
+
+
 def long_tile(logits: Tensor) -> LongTile:
     """Return the tile for rows that do not fit: as many threads as a program may have, with two vectors each."""
     num_warps = LONG_THREADS // device_of(logits.device).warp
     return LongTile(2 * LONG_THREADS, VECTOR_BYTES // logits.element_size(), num_warps)
+
+
+def num_rows_of(logits: Tensor) -> int:
+    """Return N of logits (N, C), or of channels-first ones (B, C, P), whose pixels are rows."""
+    return logits.shape[0] if logits.dim() == 2 else logits.shape[0] * logits.shape[2]
 
 
 def long_programs(logits: Tensor, reads_again: bool) -> int:
@@ -154,8 +196,19 @@ def long_programs(logits: Tensor, reads_again: bool) -> int:
     if not reads_again:
         return num_rows
     device = device_of(logits.device)
-    fitting = int(IN_FLIGHT * device.cache_bytes / (logits.shape[1] * logits.element_size()))
-    return min(num_rows, device.processors, max(device.processors // 2, fitting, 1))
+    return min(num_rows, device.processors, _fitting(logits, 1))
+
+
+def long_plane_programs(logits: Tensor, tiles: int, tile: RowTile) -> int:
+    """Return how many programs take such tiles of channels-first logits in turn: so that the cache holds them."""
+    return min(tiles, _fitting(logits, tile.rows))
+
+
+def _fitting(logits: Tensor, rows: int) -> int:
+    """Return how many programs of so many rows the cache holds, or half of the processors if that is more."""
+    device = device_of(logits.device)
+    fitting = int(IN_FLIGHT * device.cache_bytes / (rows * logits.shape[1] * logits.element_size()))
+    return max(device.processors // 2, fitting, 1)
 
 
 def number(value: float, logits: Tensor) -> Any:
@@ -193,12 +246,14 @@ class Constants(NamedTuple):
     smoothing_per_class: Any  # label smoothing / C, or None
 
 
-def constants_of(logits: Tensor, target: Tensor, split: SplitArguments) -> Constants:
+def constants_of(logits: Tensor, target: Tensor, split: SplitArguments, planes: bool = False) -> Constants:
     """Return the constants of a split; what changes nothing is None, which compiles to nothing."""
-    check_logits(logits)
+    check_logits(logits, planes)
     is_class = not target.is_floating_point()
-    if target.shape != (logits.shape[:1] if is_class else logits.shape) or target.device != logits.device:
-        raise ValueError(f"target has shape {tuple(target.shape)} on {target.device}, which does not fit the logits")
+    shape = (num_rows_of(logits),) if is_class else tuple(logits.shape)
+    if target.shape != shape or target.device != logits.device:
+        found = f"{tuple(target.shape)} on {target.device}"
+        raise ValueError(f"target must be of shape {shape} on {logits.device}, but is {found}")
     if is_class:
         target = target.to(torch.int64)
     elif target.dtype != logits.dtype:
@@ -243,14 +298,17 @@ def widths_of(logits: Tensor, d_logits: Tensor | None = None) -> tuple[tuple[int
     return (widths[0] // unit, widths[1] // unit, widths[2] // unit), unit
 
 
-def check_logits(logits: Tensor) -> None:
+def check_logits(logits: Tensor, planes: bool = False) -> None:
     """Check what keeps memory safe when an operation is called directly; imbalance_kernels/ops checks for users.
 
     Raises:
-        ValueError: logits are not (N, C) rows.
+        ValueError: logits are not (N, C) rows, nor with `planes` channels-first.
         TypeError: logits have a dtype that kernels do not take.
     """
-    if logits.dim() != 2 or (logits.shape[1] > 1 and logits.stride(1) != 1):
+    if logits.dim() == 3 and planes:
+        if logits.shape[2] > 1 and logits.stride(2) != 1:
+            raise ValueError("channels-first logits must be (B, C, P) of pixels")
+    elif logits.dim() != 2 or (logits.shape[1] > 1 and logits.stride(1) != 1):
         raise ValueError("logits must be (N, C) rows")
     if logits.dtype not in LOGIT_DTYPES:
         raise TypeError(f"input has dtype {logits.dtype}, which the kernels do not take")

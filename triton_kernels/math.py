@@ -12,6 +12,7 @@ import triton.language as tl
 __all__ = ["arccos", "exp_nonpositive", "exp_quick", "expm1_nonpositive", "log1p_unit", "tanh", "tanh_slope"]
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+TO_INTEGER = tl.constexpr(12582912.0)  # 1.5 * 2^23: what is added to it is rounded to an integer
 LN_2_HIGH = tl.constexpr(0.693359375)  # ten bits: its product with an exponent of two is exact
 LN_2_LOW = tl.constexpr(-2.12194440054690583e-4)
 PI = tl.constexpr(3.14159265358979323846)
@@ -29,14 +30,19 @@ def exp_quick(x):
 
 @triton.jit
 def exp_nonpositive(x):
-    """Return exp(x) for x <= 0."""
+    """Return exp(x) for x <= 0; in float32 0 below the logarithm of the least normal number, about -87.3."""
     if x.dtype == tl.float64:
         result = tl.exp(x)
     else:
-        x = tl.where(x < -150.0, -150.0, x)  # 0 in float32; -inf has no remainder
-        twos = tl.floor(x * LOG2_E + 0.5)
+        # A float beyond 2^23 holds integers alone: the last bits of the sum are the exponent of two.
+        shifted = x * LOG2_E + TO_INTEGER
+        twos = shifted - TO_INTEGER
         remainder = (x - twos * LN_2_HIGH) - twos * LN_2_LOW
-        result = tl.exp2(remainder * LOG2_E) * tl.exp2(twos)
+        series = 0.00837521020 + 0.00139412131 * remainder  # minimax to 2.0e-9, where exp2 would take as long
+        series = 0.166664145 + (0.0416663516 + series * remainder) * remainder
+        series = 1.0 + (1.00000004 + (0.500000005 + series * remainder) * remainder) * remainder
+        power = (shifted.to(tl.int32, bitcast=True) << 23) + 0x3F800000
+        result = tl.where(x < -87.3, 0.0, series * power.to(tl.float32, bitcast=True))
     return result
 
 
@@ -54,13 +60,21 @@ def expm1_nonpositive(x):
 @triton.jit
 def log1p_unit(x):
     """Return log(1 + x) for x in [0, 1], to full relative accuracy near 0."""
-    terms: tl.constexpr = 17 if x.dtype == tl.float64 else 8
-    ratio = x / (2.0 + x)  # log(1 + x) = 2 artanh(ratio), a series in ratio^2 <= 1/9
-    square = ratio * ratio
-    series = tl.zeros_like(x) + 1.0 / (2 * terms - 1)
-    for i in tl.static_range(terms - 1):
-        series = series * square + 1.0 / (2 * (terms - i) - 3)
-    return 2.0 * ratio * series
+    if x.dtype == tl.float64:
+        ratio = x / (2.0 + x)  # log(1 + x) = 2 artanh(ratio), a series in ratio^2 <= 1/9
+        square = ratio * ratio
+        series = tl.zeros_like(x) + 1.0 / 33
+        for i in tl.static_range(16):
+            series = series * square + 1.0 / (31 - 2 * i)
+        result = 2.0 * ratio * series
+    else:
+        series = 0.0195425273 - 0.00317605702 * x  # minimax to 5.2e-9, without a division
+        series = 0.105436238 + (-0.0563736128 + series * x) * x
+        series = 0.196632743 + (-0.152696671 + series * x) * x
+        series = 0.333297105 + (-0.249516163 + series * x) * x
+        series = 0.999999995 + (-0.499998926 + series * x) * x
+        result = x * series
+    return result
 
 
 @triton.jit

@@ -2,7 +2,8 @@
 
 Mirrors imbalance_kernels/objectives.py, the specification, by name. Notation: p = sigmoid(d), n = 1 - p = sigmoid(-d),
 l = log p. No objective divides by n, so confident rows give no NaN. A kernel gets one function of `OBJECTIVES` as a
-compile-time constant; `first` may differ from row to row (per-class gamma), `second` does not.
+compile-time constant; `first` may differ from row to row (per-class gamma), `second` does not. Where an exponent is
+known at compile time to be a multiple of one half, `halves` of it, its powers are products and a root.
 """
 
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import triton.language as tl
 
 from imbalance_kernels.triton_kernels.math import exp_nonpositive, expm1_nonpositive, log1p_unit
 
-__all__ = ["OBJECTIVES", "Truth", "truth_of"]
+__all__ = ["OBJECTIVES", "Truth", "flipped", "power_of", "truth_of"]
 
 
 class Truth(NamedTuple):
@@ -30,7 +31,7 @@ class Truth(NamedTuple):
 def truth_of(d):
     """Return the Truth of log-odds d."""
     positive = d > 0
-    small = exp_nonpositive(tl.where(positive, -d, d))
+    small = exp_nonpositive(-tl.abs(d))
     larger = 1.0 / (1.0 + small)
     smaller = small * larger
     log_sum = log1p_unit(small)
@@ -45,18 +46,32 @@ def truth_of(d):
 
 
 @triton.jit
+def flipped(t):
+    """Return the Truth of the log-odds -d, the other label's."""
+    return Truth(-t.d, t.n, t.p, t.log_n, t.log_p, t.log_sum)
+
+
+@triton.jit
 def _p_log_p(t):
     """p * log p, which is 0 at d = -inf, where the product would be 0 * inf."""
     return tl.where(t.d == -float("inf"), 0.0, t.p * t.log_p)
 
 
 @triton.jit
-def _n_power(t, gamma):
+def power_of(n, log_n, gamma, halves: tl.constexpr):
     """n ^ gamma; products where gamma is 0, 1 or 2 are exact to the last bits, and 0 ^ 0 is 1."""
-    power = exp_nonpositive(gamma * t.log_n)
-    power = tl.where(gamma == 2, t.n * t.n, power)
-    power = tl.where(gamma == 1, t.n, power)
-    return tl.where(gamma == 0, 1.0, power)
+    if halves is None:
+        power = exp_nonpositive(gamma * log_n)
+        power = tl.where(gamma == 2, n * n, power)
+        power = tl.where(gamma == 1, n, power)
+        power = tl.where(gamma == 0, 1.0, power)
+    else:
+        power = tl.zeros_like(n) + 1.0
+        if halves % 2 == 1:
+            power = tl.sqrt(n)
+        for _ in tl.static_range(halves // 2):
+            power = power * n
+    return power
 
 
 @triton.jit
@@ -65,8 +80,8 @@ def cross_entropy(t, first, second):
 
 
 @triton.jit
-def focal(t, gamma, second):
-    power = _n_power(t, gamma)
+def focal(t, gamma, second, halves: tl.constexpr = None):
+    power = power_of(t.n, t.log_n, gamma, halves)
     return -(power * t.log_p), -(power * (t.n - gamma * _p_log_p(t)))
 
 
@@ -90,9 +105,9 @@ def poly(t, epsilon, second):
 
 
 @triton.jit
-def poly_focal(t, gamma, epsilon):
-    value, slope = focal(t, gamma, epsilon)
-    power = _n_power(t, gamma + 1.0)
+def poly_focal(t, gamma, epsilon, halves: tl.constexpr = None):
+    value, slope = focal(t, gamma, epsilon, halves)
+    power = power_of(t.n, t.log_n, gamma, halves) * t.n
     return value + epsilon * power, slope - epsilon * (gamma + 1.0) * (power * t.p)
 
 

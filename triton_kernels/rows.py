@@ -7,6 +7,7 @@ subtracted afterwards. A row that is ignored, or whose target is no class, is no
 Rows come in two shapes. Rows that fit one program are a block (ROWS, BLOCK), every row reduced along the second axis. A
 longer row is taken in blocks (LANES, VECTOR), where a vector is what a thread loads at once (or, where rows are not
 aligned, as many numbers far apart): each lane reduces its own, without a word to the others until the row ends.
+Channels-first logits (planes.py) are rows of the first shape too, whose classes are far apart.
 """
 
 from typing import Any, NamedTuple
@@ -33,16 +34,22 @@ __all__ = [
     "Sizes",
     "Target",
     "class_weight",
+    "join",
     "load_block",
     "load_rows",
     "load_target",
     "losses_and_gradients",
     "place_of",
+    "advance",
+    "block_of",
+    "shift_of",
     "sizes_of",
     "spread",
+    "start",
     "sweep_block",
     "sweep_long_row",
     "sweep_rows",
+    "target_of",
     "widened",
 ]
 
@@ -63,7 +70,7 @@ class Labels(NamedTuple):
     """What the rows are to be; either target or probabilities is None."""
 
     target: Any  # (N,) int64 class indices
-    probabilities: Any  # (N, C) contiguous class probabilities
+    probabilities: Any  # contiguous class probabilities in the logits' shape
     class_weight: Any  # (C,)
     spreads: Any  # compile-time: class weights are spread over the row, by smoothing or as probabilities
 
@@ -81,7 +88,7 @@ class Reduction(NamedTuple):
 class Rows(NamedTuple):
     """What is to be split and how; always an argument, because a tuple that a kernel builds may hold tensors alone."""
 
-    logits: Any  # (N, C)
+    logits: Any  # (N, C), or (B, C, P) where N is B * P
     labels: Any  # Labels
     maps: Any  # LogitMap
     options: Any  # RowOptions
@@ -164,13 +171,19 @@ def class_weight(labels, place):
 @triton.jit
 def load_target(rows, sizes, place, owned):
     """Return the Target of the rows that are `owned`."""
+    return target_of(rows, place.rows * sizes.stride + place.target, place, owned)
+
+
+@triton.jit
+def target_of(rows, at, place, owned):
+    """Return the Target of the rows that are `owned`, whose raw logit is the one `at`."""
     dtype: tl.constexpr = tl.float64 if rows.logits.dtype.element_ty == tl.float64 else tl.float32
     zero = tl.where(owned, 0.0, 0.0).to(dtype)  # of owned's shape
     z = zero - float("inf")
     slope = zero
     weight = zero
     if rows.labels.target is not None:
-        x = widened(tl.load(rows.logits + place.rows * sizes.stride + place.target, mask=owned, other=0.0))
+        x = widened(tl.load(rows.logits + at, mask=owned, other=0.0))
         z, slope = target_logit(x, place.target, owned, rows.maps)
         if rows.labels.spreads:
             weight = tl.where(z == -float("inf"), 0.0, zero + class_weight(rows.labels, place))
@@ -178,8 +191,8 @@ def load_target(rows, sizes, place, owned):
 
 
 @triton.jit
-def _block(x, columns, at, inside, is_target, reads, rows, sizes, index):
-    """Return the Block of logits x; `at` are the columns with a second axis, `index` the rows to add to them."""
+def block_of(x, columns, inside, is_target, reads, rows, at):
+    """Return the Block of logits x, whose class probabilities are `at`."""
     z, masked = effective_logits(x, columns, inside, rows.maps)
     z = tl.where(is_target, -float("inf"), z)
     u = z
@@ -187,7 +200,7 @@ def _block(x, columns, at, inside, is_target, reads, rows, sizes, index):
         masked = masked | is_target | (reads == 0)
         u = tl.where(masked, 0.0, 1.0)
         if rows.labels.probabilities is not None:
-            u = widened(tl.load(rows.labels.probabilities + index * sizes.classes + at, mask=reads, other=0.0))
+            u = widened(tl.load(rows.labels.probabilities + at, mask=reads, other=0.0))
             u = tl.where(reads, u, 0.0)  # Triton before 3.8 fails to compile a loop's sum of a load as it is
             if rows.options.kept is not None:
                 u = u * rows.options.kept
@@ -206,7 +219,8 @@ def load_rows(first, rows, sizes, place, BLOCK: tl.constexpr):
     at = (place.rows * sizes.stride)[:, None] + columns[None, :]
     x = widened(tl.load(rows.logits + at, mask=reads, other=-float("inf"), eviction_policy="evict_first"))
     is_target = columns[None, :] == place.target[:, None]
-    return _block(x, columns, columns[None, :], inside, is_target, reads, rows, sizes, place.rows[:, None])
+    at = place.rows[:, None] * sizes.classes + columns[None, :]
+    return block_of(x, columns, inside, is_target, reads, rows, at)
 
 
 @triton.jit
@@ -221,11 +235,12 @@ def load_block(
     at = place.rows * sizes.stride + columns
     x = widened(tl.load(rows.logits + at, mask=reads, other=-float("inf"), eviction_policy=EVICTION))
     inside = columns < sizes.classes
-    return _block(x, columns, columns, inside, columns == place.target, reads, rows, sizes, place.rows)
+    at = place.rows * sizes.classes + columns
+    return block_of(x, columns, inside, columns == place.target, reads, rows, at)
 
 
 @triton.jit
-def _shift_of(highest):
+def shift_of(highest):
     """Return the maximum, or 0 where everything is masked: -inf - -inf is NaN."""
     return tl.where(highest == -float("inf"), 0.0, highest)
 
@@ -245,7 +260,7 @@ def _exponentials(block, shift, labels):
 
 
 @triton.jit
-def _join(target, total, shift, weighted_logits, weight_sum):
+def join(target, total, shift, weighted_logits, weight_sum):
     """Return the RowSplit of a target and the sums over the rest."""
     z = target.z - shift
     weighted_logits = weighted_logits + tl.where(target.weight == 0, 0.0, target.weight * z)
@@ -255,15 +270,15 @@ def _join(target, total, shift, weighted_logits, weight_sum):
 @triton.jit
 def sweep_rows(block, target, labels):
     """Sweep whole rows, a block of load_rows; return their exponentials and RowSplit."""
-    shift = _shift_of(tl.max(block.z, 1))
+    shift = shift_of(tl.max(block.z, 1))
     exponentials, total, weighted_logits, weight_sum = _exponentials(block, shift, labels)
-    return exponentials, _join(target, total, shift, weighted_logits, weight_sum)
+    return exponentials, join(target, total, shift, weighted_logits, weight_sum)
 
 
 @triton.jit
 def sweep_block(block, target, labels):
     """Sweep one row that is a single block of load_block; return its exponentials and RowSplit."""
-    shift = _shift_of(tl.max(tl.max(block.z, 1), 0))
+    shift = shift_of(tl.max(tl.max(block.z, 1), 0))
     relative = block.z - shift
     exponentials = exp_quick(relative)
     total = tl.sum(tl.sum(exponentials, 1), 0)
@@ -272,32 +287,45 @@ def sweep_block(block, target, labels):
     if labels.spreads:
         weighted_logits = tl.sum(tl.sum(tl.where(block.u == 0, 0.0, block.u * relative), 1), 0)
         weight_sum = tl.sum(tl.sum(block.u, 1), 0)
-    return exponentials, _join(target, total, shift, weighted_logits, weight_sum)
+    return exponentials, join(target, total, shift, weighted_logits, weight_sum)
+
+
+@triton.jit
+def start(COUNT: tl.constexpr, dtype: tl.constexpr):
+    """Return what `advance` starts from: highest, total, weighted_logits, weight_sum of nothing."""
+    zero = tl.zeros((COUNT,), dtype)
+    return zero - float("inf"), zero, zero, zero
+
+
+@triton.jit
+def advance(block, highest, total, weighted_logits, weight_sum, labels):
+    """Return these numbers, (ROWS,) or of lanes, with a block's; sums are relative to the shift of highest."""
+    before = highest
+    highest = tl.maximum(highest, tl.max(block.z, 1))
+    shift = shift_of(highest)
+    _, of_block, weighted_of_block, weight_of_block = _exponentials(block, shift, labels)
+    total = total * exp_quick(before - shift) + of_block
+    if labels.spreads:
+        weighted_logits += (shift_of(before) - shift) * weight_sum + weighted_of_block
+        weight_sum += weight_of_block
+    return highest, total, weighted_logits, weight_sum
 
 
 @triton.jit
 def sweep_long_row(rows, sizes, place, target, UNIT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
     """Sweep one row block by block and return its RowSplit; every lane has a shift of its own until the end."""
     dtype: tl.constexpr = tl.float64 if rows.logits.dtype.element_ty == tl.float64 else tl.float32
-    highest = tl.full((LANES,), -float("inf"), dtype)
-    total = tl.zeros((LANES,), dtype)
-    weighted_logits = tl.zeros((LANES,), dtype)
-    weight_sum = tl.zeros((LANES,), dtype)
+    highest, total, weighted_logits, weight_sum = start(LANES, dtype)
     for first in range(0, tl.where(place.is_read, sizes.classes, 0), LANES * VECTOR):
         block = load_block(first, rows, sizes, place, UNIT, LANES, VECTOR, "evict_last")
-        before = highest
-        highest = tl.maximum(highest, tl.max(block.z, 1))
-        shift = _shift_of(highest)
-        _, of_block, weighted_of_block, weight_of_block = _exponentials(block, shift, rows.labels)
-        total = total * exp_quick(before - shift) + of_block
-        if rows.labels.spreads:
-            weighted_logits += (_shift_of(before) - shift) * weight_sum + weighted_of_block
-            weight_sum += weight_of_block
-    shift = _shift_of(tl.max(highest, 0))
+        highest, total, weighted_logits, weight_sum = advance(
+            block, highest, total, weighted_logits, weight_sum, rows.labels
+        )
+    shift = shift_of(tl.max(highest, 0))
     total = tl.sum(total * exp_quick(highest - shift), 0)
     if rows.labels.spreads:
-        weighted_logits += (_shift_of(highest) - shift) * weight_sum
-    return _join(target, total, shift, tl.sum(weighted_logits, 0), tl.sum(weight_sum, 0))
+        weighted_logits += (shift_of(highest) - shift) * weight_sum
+    return join(target, total, shift, tl.sum(weighted_logits, 0), tl.sum(weight_sum, 0))
 
 
 @triton.jit

@@ -10,6 +10,7 @@ which order a row is summed.
 - A longer row does so too where a cluster of blocks can hold it (`_rows_over_clusters`).
 - Elsewhere a longer row (`_long_rows`) is read twice by one program, the second time backwards, so that it begins with
   what the cache still holds; so few programs run that their rows stay in the cache together.
+- Channels-first logits (B, C, P) have kernels of their own, in planes.py.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from imbalance_kernels.triton_kernels.launch import (
     device_of,
     long_programs,
     long_tile,
+    num_rows_of,
     number,
     on,
     row_tile,
@@ -39,6 +41,7 @@ from imbalance_kernels.triton_kernels.launch import (
 )
 from imbalance_kernels.triton_kernels.math import exp_quick
 from imbalance_kernels.triton_kernels.objectives import OBJECTIVES
+from imbalance_kernels.triton_kernels.planes import launch_planes, num_plane_tiles
 from imbalance_kernels.triton_kernels.rows import (
     SIZES,
     Reduction,
@@ -242,7 +245,7 @@ class LossArguments(NamedTuple):
 
 
 def softmax_loss(logits: Tensor, target: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """Return the loss and, where the last argument `with_gradient` asks for it, the gradient (N, C); else (0,)."""
+    """Return the loss and, where the last argument `with_gradient` asks for it, the gradient; else (0,)."""
     *arguments, with_gradient = arguments
     d_logits = logits.new_empty(logits.shape) if with_gradient else None
     loss = _launch(logits, d_logits, target, arguments)
@@ -257,7 +260,7 @@ def softmax_loss_(logits: Tensor, target: Tensor, *arguments: Any) -> Tensor:
 
 
 def softmax_loss_backward(logits: Tensor, target: Tensor, *arguments: Any) -> Tensor:
-    """Return the gradient (N, C) for the last argument, the upstream gradient."""
+    """Return the gradient for the last argument, the upstream gradient."""
     *arguments, upstream = arguments
     d_logits = logits.new_empty(logits.shape)
     _launch(logits, d_logits, target, arguments, upstream)
@@ -285,38 +288,60 @@ def scale_(gradient: Tensor, factor: Tensor) -> None:
 
 
 def _launch(
-    logits: Tensor,  # (N, C)
-    d_logits: Tensor | None,  # (N, C)
-    target: Tensor,  # (N,) or (N, C)
+    logits: Tensor,  # (N, C), or (B, C, P) where N is B * P
+    d_logits: Tensor | None,  # in the logits' shape
+    target: Tensor,  # (N,), or in the logits' shape
     arguments: Sequence[Any],  # SplitArguments, LossArguments
     upstream: Tensor | None = None,  # () or (N,)
 ) -> Tensor | None:
     """Return the loss, () or (N,), and write the gradient to d_logits; with an upstream gradient the latter alone."""
     split, loss = _arguments(arguments)
-    num_rows, summed = logits.shape[0], loss.reduction != "none"
+    num_rows, summed = num_rows_of(logits), loss.reduction != "none"
     with on(logits):
-        constants = constants_of(logits, target, split)
+        constants = constants_of(logits, target, split, planes=True)
         reduction = _reduction(logits, constants, split, loss, upstream)
-        tile = row_tile(logits)
         losses = None
         if upstream is None:
-            count = triton.cdiv(num_rows, tile.rows) if summed and tile is not None else num_rows
+            count = _partial_sums(logits) if summed else num_rows
             losses = logits.new_empty((count,), dtype=accumulate_dtype(logits.dtype))
         if num_rows > 0:
             rows = Rows(logits, constants.labels, constants.maps, _options(logits, constants, loss))
-            (classes, stride, gradient_stride), unit = widths_of(logits, d_logits)
-            sizes = (num_rows, classes, stride, split.ignore_index, gradient_stride)
-            launch = {"objective": OBJECTIVES[loss.objective], "UNIT": unit}
-            everything = (rows, d_logits, losses, reduction, *sizes)
-            if tile is not None:
-                programs = triton.cdiv(num_rows, tile.rows)
-                _rows[(programs,)](*everything, **launch, SUMMED=summed, **tile.options())
-            elif d_logits is not None and (cluster := cluster_tile(logits)) is not None:
-                _rows_over_clusters[(num_rows,)](*everything, **launch, **cluster.options())
-            else:
-                programs = long_programs(logits, reads_again=d_logits is not None)
-                _long_rows[(programs,)](*everything, **launch, **long_tile(logits).options())
+            objective, launch = OBJECTIVES[loss.objective], _launch_rows if logits.dim() == 2 else launch_planes
+            launch(rows, d_logits, losses, reduction, split.ignore_index, objective, summed)
         return losses if losses is None or not summed else _sum(losses, reduction)
+
+
+def _partial_sums(logits: Tensor) -> int:
+    """Return how many sums of losses the kernels leave."""
+    if logits.dim() == 3:
+        return num_plane_tiles(logits)
+    tile, num_rows = row_tile(logits), logits.shape[0]
+    return num_rows if tile is None else triton.cdiv(num_rows, tile.rows)
+
+
+def _launch_rows(
+    rows: Rows,
+    d_logits: Tensor | None,  # (N, C)
+    losses: Tensor | None,  # (N,), or their sums
+    reduction: Reduction,
+    ignore_index: int,
+    objective: Any,
+    summed: bool,
+) -> None:
+    logits: Tensor = rows.logits
+    num_rows = logits.shape[0]
+    (classes, stride, gradient_stride), unit = widths_of(logits, d_logits)
+    everything = (rows, d_logits, losses, reduction, num_rows, classes, stride, ignore_index, gradient_stride)
+    launch = {"objective": objective, "UNIT": unit}
+    tile = row_tile(logits)
+    if tile is not None:
+        programs = triton.cdiv(num_rows, tile.rows)
+        _rows[(programs,)](*everything, **launch, SUMMED=summed, **tile.options())
+    elif d_logits is not None and (cluster := cluster_tile(logits)) is not None:
+        _rows_over_clusters[(num_rows,)](*everything, **launch, **cluster.options())
+    else:
+        programs = long_programs(logits, reads_again=d_logits is not None)
+        _long_rows[(programs,)](*everything, **launch, **long_tile(logits).options())
 
 
 def _arguments(arguments: Sequence[Any]) -> tuple[SplitArguments, LossArguments]:
@@ -345,10 +370,10 @@ def _reduction(
     logits: Tensor, constants: Constants, split: SplitArguments, loss: LossArguments, upstream: Tensor | None
 ) -> Reduction:
     """Return what divides: a mean's divisor is found here, by two small launches."""
-    sample_weight = vector_of("sample_weight", loss.sample_weight, logits.shape[0], logits)
+    sample_weight = vector_of("sample_weight", loss.sample_weight, num_rows_of(logits), logits)
     divisor = None
     if loss.reduction == "mean" and loss.normalizer is None:
-        num_rows, num_classes = logits.shape
+        num_rows, num_classes = num_rows_of(logits), logits.shape[1]
         sums = logits.new_empty((triton.cdiv(num_rows, SMALL_BLOCK),), dtype=accumulate_dtype(logits.dtype))
         if num_rows > 0:
             sizes = (num_rows, num_classes, split.ignore_index)
@@ -356,7 +381,7 @@ def _reduction(
         divisor = _sum(sums, None)
     step = tl.constexpr(0 if upstream is None or loss.reduction != "none" else 1)
     if upstream is not None and loss.reduction == "none":
-        upstream = vector_of("upstream", upstream, logits.shape[0], logits)
+        upstream = vector_of("upstream", upstream, num_rows_of(logits), logits)
     return Reduction(sample_weight, upstream, step, loss.normalizer, divisor)
 
 

@@ -1,4 +1,4 @@
-// Loops over packs of lanes, whole ones and the rest of a row. Like storage.h it is compiled for each instruction set.
+// Loops over packs of lanes, with flags as constants, and the packs that they load and store.
 #pragma once
 
 #include <type_traits>
@@ -12,7 +12,24 @@ namespace {
 
 using std::int64_t;
 
-constexpr int64_t pad(int64_t n) { return (n + 15) / 16 * 16; }  // to whole packs of the widest lanes
+// Keeps a loop out of line, so that it is compiled once however often it is called; what it calls is inlined into it.
+// Where rows are one block the call would cost as much as the loop, which is then inlined too.
+template <bool Inline, class Body>
+__attribute__((noinline)) auto outline(Body body)
+  requires(!Inline)
+{
+  return body();
+}
+template <bool Inline, class Body>
+IMBALANCE_INLINE auto outline(const Body& body)
+  requires(Inline)
+{
+  return body();
+}
+
+constexpr int64_t kPadding = 16;  // numbers, of which the widest lanes have no more
+
+constexpr int64_t pad(int64_t n) { return (n + kPadding - 1) / kPadding * kPadding; }  // to whole packs
 
 // body(flag) with the flag as a constant, so that each case gets a loop of its own.
 template <class Body>

@@ -41,11 +41,11 @@ struct Beside {
   }
 };
 
-template <class S>
+// Halves are widened before a block and rounded after it, so that the loops exist for two types and not for four.
+template <class T>
 struct Block {
-  using T = typename AccumulateOf<S>::type;
   int64_t count;
-  const S* logits;
+  const T* logits;
   const T* labels;
   Beside<T> positive;
   Beside<T> negative;
@@ -55,20 +55,20 @@ struct Block {
   const T* upstream;    // null: one
   T scale;              // of the gradient
   T* losses;            // null: their sum alone
-  S* gradient;          // null: the losses alone
+  T* gradient;          // null: the losses alone
 };
 
 // ---------------------------------------------------------------- a block
 
-template <class S, int Bytes, class Objective, bool soft>
-double block_loss(const Block<S>& block, const void* erased) {
-  using T = typename AccumulateOf<S>::type;
+template <class T, int Bytes, class Objective, bool soft>
+double block_loss(const Block<T>& block, const void* erased) {
   using L = Lanes<T, Bytes>;
   using M = Math<L>;
   const Objective objective = *static_cast<const Objective*>(erased);
   const L zero(T(0)), one(T(1)), scale(block.scale);
-  L sums[4] = {zero, zero, zero, zero};
-  for_packs<L>(block.count, [&](auto whole, int64_t i, int64_t n, int a) IMBALANCE_LAMBDA {
+  L sum = zero;
+  // A pack has work enough to hide its latencies; packs side by side would not fit the registers.
+  const auto each = [&](auto whole, int64_t i, int64_t n) IMBALANCE_LAMBDA {
     const L x = load_pack<L>(whole, block.logits + i, n, T(0)) + block.bias.template load<L>(whole, i, n);
     const L y = load_pack<L>(whole, block.labels + i, n, T(0));
     const L parameter = block.parameter.template load<L>(whole, i, n);
@@ -84,8 +84,8 @@ double block_loss(const Block<S>& block, const void* erased) {
       const auto positive = M::equal(y, one);
       const ValueAndSlope<L> cost = objective.hard(Truth<L>(M::select(positive, x, -x)), positive, parameter);
       const L weight = M::select(positive, of_positive, of_negative);
-      value = share_of(weight, cost.value);
-      slope = share_of(M::select(positive, weight, -weight), cost.slope);
+      value = weight * cost.value;
+      slope = M::select(positive, weight, -weight) * cost.slope;
     }
     slope = slope * scale;  // which is infinite where nothing counts
     if (block.weight) {
@@ -102,16 +102,19 @@ double block_loss(const Block<S>& block, const void* erased) {
       const auto inside = L::iota() < static_cast<typename L::Integer>(n) - typename L::Mask{};
       value = M::select(inside, value, zero);
     }
-    sums[a] = sums[a] + value;
-  });
-  return sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    sum = sum + value;
+  };
+  int64_t i = 0;
+  for (; i + L::count <= block.count; i += L::count) each(std::true_type{}, i, L::count);
+  if (i < block.count) each(std::false_type{}, i, block.count - i);
+  return sum_of(sum);
 }
 
 // The loops of an objective, for hard labels and for soft ones.
-template <class S>
+template <class T>
 struct BlockLoss {
-  double (*hard)(const Block<S>&, const void* objective);
-  double (*soft)(const Block<S>&, const void* objective);
+  double (*hard)(const Block<T>&, const void* objective);
+  double (*soft)(const Block<T>&, const void* objective);
 };
 
 // Exponents that are products have loops of their own.
@@ -163,17 +166,19 @@ class Tiles {
   using T = typename AccumulateOf<S>::type;
   using L = Lanes<T, Bytes>;
 
-  static constexpr Beside<T> Block<S>::* kVectors[] = {&Block<S>::positive, &Block<S>::negative, &Block<S>::bias,
-                                                       &Block<S>::parameter};
-  static constexpr int64_t kArrays = 7;
+  static constexpr bool kIsHalf = !std::is_same_v<S, T>;
+  static constexpr Beside<T> Block<T>::* kVectors[] = {&Block<T>::positive, &Block<T>::negative, &Block<T>::bias,
+                                                       &Block<T>::parameter};
+  static constexpr int64_t kArrays = 8;
   static int64_t scratch_numbers() { return kArrays * kSigmoidBlock; }
 
-  Tiles(const SigmoidLossArguments& arguments, void* scratch, const BlockLoss<S>& loss, const void* objective)
+  Tiles(const SigmoidLossArguments& arguments, void* scratch, const BlockLoss<T>& loss, const void* objective)
       : call_(arguments.call), tiling_(arguments.call), loss_(loss), objective_(objective) {
     T* const memory = static_cast<T*>(scratch);
     labels_ = memory;
     weights_ = memory + kSigmoidBlock;
     pixel_labels_ = memory + 2 * kSigmoidBlock;
+    widened_ = memory + 7 * kSigmoidBlock;
     fill(labels_, kSigmoidBlock, T(0));
     const auto vector = [&](int index, const void* values, double constant) {
       Beside<T> beside{static_cast<const T*>(values), static_cast<T>(constant)};
@@ -203,12 +208,13 @@ class Tiles {
  private:
   const SigmoidArguments& call_;
   const Tiling tiling_;
-  const BlockLoss<S> loss_;
+  const BlockLoss<T> loss_;
   const void* const objective_;
   T* labels_;        // of a block; 0 between blocks where labels are sparse
   T* weights_;       // of a block
   T* pixel_labels_;  // classes of an image's pixels, as numbers
-  Block<S> block_{};
+  T* widened_;       // halves of a block, and then their gradient
+  Block<T> block_{};
 
   bool is_dense() const { return call_.dense != nullptr; }
   bool ignored(int64_t row) const { return call_.labels && call_.labels[row] == call_.ignore_index; }
@@ -216,14 +222,33 @@ class Tiles {
   // Sets what lies where the logits do: `at` is a block's place in them, `place` in what is contiguous.
   double run(int64_t place, int64_t at, int64_t gradient_at, int64_t count) {
     block_.count = count;
-    block_.logits = static_cast<const S*>(call_.logits) + at;
+    const S* const logits = static_cast<const S*>(call_.logits) + at;
+    S* const gradient = call_.d_logits ? static_cast<S*>(call_.d_logits) + gradient_at : nullptr;
+    if constexpr (kIsHalf) {
+      widen(logits, count, widened_);
+      block_.logits = widened_;
+      block_.gradient = gradient ? widened_ : nullptr;
+    } else {
+      block_.logits = logits;
+      block_.gradient = gradient;
+    }
     block_.upstream = call_.upstream ? static_cast<const T*>(call_.upstream) + place : nullptr;
     block_.losses = call_.losses ? static_cast<T*>(call_.losses) + place : nullptr;
-    block_.gradient = call_.d_logits ? static_cast<S*>(call_.d_logits) + gradient_at : nullptr;
     bool soft = false;
     block_.labels = labels_;
     if (is_dense()) soft = stage_dense(place, count);
-    return (soft ? loss_.soft : loss_.hard)(block_, objective_);
+    const double sum = (soft ? loss_.soft : loss_.hard)(block_, objective_);
+    if (kIsHalf && gradient) {
+      for_packs<L>(count, [&](auto whole, int64_t i, int64_t n, int) IMBALANCE_LAMBDA {
+        store_pack(whole, gradient + i, n, load_pack<L>(whole, widened_ + i, n, T(0)));
+      });
+    }
+    return sum;
+  }
+
+  static void widen(const S* from, int64_t count, T* to) {
+    for_packs<L>(count, [&](auto whole, int64_t i, int64_t n, int)
+                            IMBALANCE_LAMBDA { store_pack(whole, to + i, n, load_pack<L>(whole, from + i, n, T(0))); });
   }
 
   // Whole rows.
@@ -246,8 +271,8 @@ class Tiles {
   // A piece of a row.
   double piece(int64_t row, int64_t first) {
     const int64_t count = smaller(kSigmoidBlock, call_.classes - first);
-    const Block<S> whole = block_;
-    for (Beside<T> Block<S>::* const vector : kVectors) {
+    const Block<T> whole = block_;
+    for (Beside<T> Block<T>::* const vector : kVectors) {
       if ((block_.*vector).values) (block_.*vector).values += first;
     }
     if (!is_dense()) set_labels(row, first, count, labels_, T(1));
@@ -262,14 +287,14 @@ class Tiles {
   // Some pixels of an image, one class after the other.
   double pixels(int64_t image, int64_t first) {
     const int64_t count = smaller(kSigmoidBlock, call_.pixels - first), first_row = image * call_.pixels + first;
-    const Block<S> whole = block_;
+    const Block<T> whole = block_;
     if (call_.labels) {
       for (int64_t i = 0; i < count; ++i) pixel_labels_[i] = static_cast<T>(call_.labels[first_row + i]);
     }
     if (!call_.weight_of_logits) stage_weights_of_pixels(first_row, count, nullptr);
     double sum = 0;
     for (int64_t c = 0; c < call_.classes; ++c) {
-      for (Beside<T> Block<S>::* const vector : kVectors) {
+      for (Beside<T> Block<T>::* const vector : kVectors) {
         const Beside<T>& of_classes = whole.*vector;
         block_.*vector = {nullptr, of_classes.values ? of_classes.values[c] : of_classes.constant};
       }
@@ -310,13 +335,10 @@ class Tiles {
       for (int64_t i = 0; i < count; ++i) labels_[i] = from[i] ? T(1) : T(0);
       return false;
     }
-    if (call_.label_type == LabelType::accumulate || std::is_same_v<S, T>) {
+    if (call_.label_type == LabelType::accumulate || !kIsHalf) {
       block_.labels = static_cast<const T*>(call_.dense) + place;
     } else {
-      const S* const from = static_cast<const S*>(call_.dense) + place;
-      for_packs<L>(count, [&](auto whole, int64_t i, int64_t n, int) IMBALANCE_LAMBDA {
-        store_pack(whole, labels_ + i, n, load_pack<L>(whole, from + i, n, T(0)));
-      });
+      widen(static_cast<const S*>(call_.dense) + place, count, labels_);
     }
     typename L::Mask soft{};
     for_packs<L>(count, [&](auto whole, int64_t i, int64_t n, int) IMBALANCE_LAMBDA {
@@ -366,7 +388,8 @@ template <class S, int Bytes>
 void sigmoid_tiles(const SigmoidLossArguments& arguments, int64_t first, int64_t last, void* scratch, double* sums) {
   with_objective<ProductExponents>(arguments.call, [&](const auto& objective) {
     using Objective = std::decay_t<decltype(objective)>;
-    const BlockLoss<S> loss{block_loss<S, Bytes, Objective, false>, block_loss<S, Bytes, Objective, true>};
+    using T = typename AccumulateOf<S>::type;
+    const BlockLoss<T> loss{block_loss<T, Bytes, Objective, false>, block_loss<T, Bytes, Objective, true>};
     Tiles<S, Bytes> tiles(arguments, scratch, loss, &objective);
     for (int64_t tile = first; tile < last; ++tile) sums[tile] = tiles(tile);
   });

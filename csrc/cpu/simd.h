@@ -93,9 +93,23 @@ IMBALANCE_INLINE T sum_of(Lanes<T, Bytes> x) {
   }
 }
 
+// The larger; a NaN in b is dropped. On x86 one instruction, which no comparison and choice becomes.
 template <class T, int Bytes>
 IMBALANCE_INLINE Lanes<T, Bytes> maximum(Lanes<T, Bytes> a, Lanes<T, Bytes> b) {
-  return b.v > a.v ? b.v : a.v;  // a NaN in b is dropped: it comes back through the sum of exponentials
+  [[maybe_unused]] constexpr bool is_float = sizeof(T) == 4;
+#if defined(IMBALANCE_AVX512)
+  if constexpr (Bytes == 64 && is_float) return _mm512_maskz_max_ps(0xffff, b.v, a.v);
+  if constexpr (Bytes == 64 && !is_float) return _mm512_maskz_max_pd(0xff, b.v, a.v);
+#endif
+#if defined(IMBALANCE_AVX2)
+  if constexpr (Bytes == 32 && is_float) return _mm256_max_ps(b.v, a.v);
+  if constexpr (Bytes == 32 && !is_float) return _mm256_max_pd(b.v, a.v);
+#endif
+#if defined(__x86_64__)
+  if constexpr (Bytes == 16 && is_float) return _mm_max_ps(b.v, a.v);
+  if constexpr (Bytes == 16 && !is_float) return _mm_max_pd(b.v, a.v);
+#endif
+  return b.v > a.v ? b.v : a.v;
 }
 
 template <class T, int Bytes>
@@ -124,6 +138,7 @@ struct Polynomial<float> {
   static constexpr float ln2_low = -2.12194440e-4f;
   static constexpr int mantissa = 23;
   static constexpr std::int32_t one = 0x3f800000;
+  static constexpr std::int32_t sign = INT32_MIN;
   static constexpr std::int32_t sqrt_half = 0x3f3504f3;
   static constexpr int log_terms = 5, log1p_terms = 8;
   // (e^r - 1) / r on |r| <= ln(2) / 2, Chebyshev, 5.2e-9
@@ -140,6 +155,7 @@ struct Polynomial<double> {
   static constexpr double ln2_low = 1.90821492927058770002e-10;
   static constexpr int mantissa = 52;
   static constexpr std::int64_t one = 0x3ff0000000000000;
+  static constexpr std::int64_t sign = INT64_MIN;
   static constexpr std::int64_t sqrt_half = 0x3fe6a09e667f3bcd;
   static constexpr int log_terms = 11, log1p_terms = 17;
   // the same, 9.0e-18
@@ -179,6 +195,25 @@ IMBALANCE_INLINE L square_root(L x) {
 #endif
   for (int i = 0; i < L::count; ++i) x.v[i] = std::sqrt(x.v[i]);
   return x;
+}
+
+// Whether a comparison holds of any lane.
+template <class Mask>
+IMBALANCE_INLINE bool any_of(Mask mask) {
+  constexpr int bytes = sizeof(mask);
+#if defined(IMBALANCE_AVX512)
+  if constexpr (bytes == 64) return _mm512_test_epi32_mask(bit_cast<__m512i>(mask), bit_cast<__m512i>(mask)) != 0;
+#endif
+#if defined(IMBALANCE_AVX2)
+  if constexpr (bytes == 32) return _mm256_movemask_epi8(bit_cast<__m256i>(mask)) != 0;
+#endif
+#if defined(__x86_64__)
+  if constexpr (bytes == 16) return _mm_movemask_epi8(bit_cast<__m128i>(mask)) != 0;
+#endif
+  std::uint64_t words[bytes / 8], any = 0;
+  std::memcpy(words, &mask, bytes);
+  for (std::uint64_t word : words) any |= word;
+  return any != 0;
 }
 
 // e^x as 2^k (1 + tail), for x <= 0 (and a little above).
@@ -224,17 +259,22 @@ struct Math<cpu::Lanes<T, Bytes>> {
   static IMBALANCE_INLINE L infinity() { return L(std::numeric_limits<T>::infinity()); }
   static IMBALANCE_INLINE Mask less(L a, L b) { return a.v < b.v; }
   static IMBALANCE_INLINE Mask equal(L a, L b) { return a.v == b.v; }
+  static IMBALANCE_INLINE bool any(Mask condition) { return cpu::any_of(condition); }
   static IMBALANCE_INLINE L select(Mask condition, L a, L b) { return condition ? a.v : b.v; }
 
+  static IMBALANCE_INLINE L minus_abs(L x) {
+    return L(cpu::bit_cast<typename L::Vector>(cpu::bit_cast<Mask>(x.v) | P::sign));
+  }
   static IMBALANCE_INLINE L exp_nonpositive(L x) {
     const Mask tiny = less(x, L(P::lowest));
-    const cpu::SplitExp<L> split(select(tiny, L(P::lowest), x));
+    const cpu::SplitExp<L> split(cpu::maximum(x, L(P::lowest)));
     return select(tiny, L(T(0)), split.power + split.power * split.tail);
   }
-  static IMBALANCE_INLINE L expm1_nonpositive(L x) {
+  static IMBALANCE_INLINE Pair<L> exp_and_expm1_nonpositive(L x) {
     const Mask tiny = less(x, L(P::lowest));
-    const cpu::SplitExp<L> split(select(tiny, L(P::lowest), x));
-    return select(tiny, L(T(-1)), (split.power - L(T(1))) + split.power * split.tail);
+    const cpu::SplitExp<L> split(cpu::maximum(x, L(P::lowest)));
+    const L tail = split.power * split.tail;
+    return {select(tiny, L(T(0)), split.power + tail), (split.power - L(T(1))) + tail};
   }
   static IMBALANCE_INLINE L sqrt(L x) { return cpu::square_root(x); }
   static IMBALANCE_INLINE L log(L x) {
@@ -247,6 +287,17 @@ struct Math<cpu::Lanes<T, Bytes>> {
     const L result = k * L(P::ln2_high) + (k * L(P::ln2_low) + log_mantissa);
     const L at_zero_or_nan = select(equal(x, L(T(0))), -infinity(), x);
     return select(less(L(T(0)), x), result, at_zero_or_nan);
+  }
+  // As the logarithm of 1 + x, but where that has no exponent its mantissa's distance from 1 is x itself.
+  static IMBALANCE_INLINE L log1p(L x) {
+    const L sum = L(T(1)) + x;
+    const Mask bits = cpu::bit_cast<Mask>(sum.v);
+    const Mask exponent = (bits - P::sqrt_half) >> P::mantissa;
+    const L mantissa(cpu::bit_cast<typename L::Vector>(bits - (exponent << P::mantissa)));
+    const L k(__builtin_convertvector(exponent, typename L::Vector));
+    const L f = select(exponent == 0, x, mantissa - L(T(1)));
+    const L result = k * L(P::ln2_high) + (k * L(P::ln2_low) + cpu::twice_artanh<P::log_terms>(f / (L(T(2)) + f)));
+    return select(equal(x, x), result, x);
   }
   static IMBALANCE_INLINE L log1p_unit(L x) { return cpu::twice_artanh<P::log1p_terms>(x / (L(T(2)) + x)); }
 };

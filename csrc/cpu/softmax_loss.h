@@ -18,15 +18,23 @@ struct LossArguments {
   double inverse_divisor;       // of the gradient
   const void* upstream;         // (N,) factor of the gradient, or null
   double z_loss;
-  void* losses;    // (N,) float or double, not divided
-  void* d_logits;  // (N, C), may be the logits themselves; null for the losses alone
-  std::int64_t gradient_stride;
+  void* losses;                  // (N,) float or double, not divided
+  void* d_logits;                // in the logits' shape, may be the logits themselves; null for the losses alone
+  std::int64_t gradient_stride;  // of rows; of images where logits are channels-first
+  std::int64_t gradient_class_stride;
+};
+
+// How many rows' targets are classes, and how many neither classes nor ignored.
+struct TargetCounts {
+  std::int64_t classes;
+  std::int64_t outside;
 };
 
 // The kernels of one instruction set, by Dtype; each works on rows [first_row, last_row).
 struct Kernels {
   const char* name;
   std::size_t (*scratch_bytes)(const SplitArguments&);  // 64-byte aligned, of each call
+  TargetCounts (*count_targets)(const SplitArguments&, std::int64_t first_row, std::int64_t last_row);
   void (*loss[4])(const LossArguments&, std::int64_t first_row, std::int64_t last_row, void* scratch);
   void (*split[4])(const SplitArguments&, const SplitVectors&, std::int64_t first_row, std::int64_t last_row,
                    void* scratch);

@@ -13,29 +13,13 @@
 
 #include <type_traits>
 
-#include "../softmax_row.h"
-#include "packs.h"
+#include "class_map.h"
+#include "row_programs.h"
 #include "softmax_loss.h"
+#include "softmax_loss_planes.h"
 
 namespace imbalance::cpu {
 namespace {
-
-using std::int64_t;
-
-// Keeps a loop out of line, so that it is compiled once however often it is called; what it calls is inlined into it.
-// Where rows are one block the call would cost as much as the loop, which is then inlined too.
-template <bool Inline, class Body>
-__attribute__((noinline)) auto outline(Body body)
-  requires(!Inline)
-{
-  return body();
-}
-template <bool Inline, class Body>
-IMBALANCE_INLINE auto outline(const Body& body)
-  requires(Inline)
-{
-  return body();
-}
 
 constexpr int64_t kBlock = 4096;           // elements; a block of floats takes 16 KB of L1
 constexpr int64_t kAhead = 2048;           // elements by which short rows are fetched ahead, at least
@@ -93,41 +77,27 @@ struct RowGradient {
 
 // The rows of one call: typed views of the arguments, and the loops over blocks.
 template <class S, int Bytes, bool OneBlock>
-class Rows {
+class Rows : public ClassMap<S, Bytes> {
  public:
-  using T = typename AccumulateOf<S>::type;
-  using L = Lanes<T, Bytes>;
-  using M = Math<L>;
+  using Map = ClassMap<S, Bytes>;
+  using Map::arguments;
+  using Map::bends;
+  using Map::class_weight;
+  using Map::classes;
+  using Map::has_target;
+  using Map::has_weights;
+  using typename Map::L;
+  using typename Map::M;
+  using typename Map::T;
 
-  const SplitArguments& arguments;
-  const int64_t classes;
+  explicit IMBALANCE_INLINE Rows(const SplitArguments& a) : Map(a) {}
 
-  explicit IMBALANCE_INLINE Rows(const SplitArguments& a)
-      : arguments(a),
-        classes(a.classes),
-        factor_(static_cast<const T*>(a.factor)),
-        bias_(static_cast<const T*>(a.bias)),
-        class_margin_(static_cast<const T*>(a.class_margin)),
-        class_weight_(static_cast<const T*>(a.class_weight)),
-        scale_(static_cast<T>(a.scale)),
-        target_map_{a.margin_kind,
-                    {static_cast<T>(a.margin_parameters[0]), static_cast<T>(a.margin_parameters[1]),
-                     static_cast<T>(a.margin_parameters[2]), static_cast<T>(a.margin_parameters[3])},
-                    static_cast<T>(a.softcap)} {}
-
-  IMBALANCE_INLINE bool has_target() const { return arguments.target != nullptr; }
-  IMBALANCE_INLINE bool has_weights() const { return !has_target() || arguments.label_smoothing > 0; }
-  IMBALANCE_INLINE bool bends() const { return target_map_.softcap > 0 || target_map_.kind == MarginKind::circle; }
   IMBALANCE_INLINE bool ignored(int64_t row) const {
     return has_target() && arguments.target[row] == arguments.ignore_index;
   }
   IMBALANCE_INLINE const S* logits(int64_t row) const {
     return static_cast<const S*>(arguments.logits) + row * arguments.row_stride;
   }
-  IMBALANCE_INLINE T class_weight(int64_t row) const {
-    return has_target() && class_weight_ ? class_weight_[arguments.target[row]] : T(1);
-  }
-
   // Sweeps a row. Its exponentials, each relative to its block's shift, go to `exponentials` (null: nowhere), which has
   // room for whole packs unless it is `exact`; `shifts` gets one number per block.
   IMBALANCE_INLINE SweptRow<T> sweep(int64_t row, T* exponentials, bool exact, T* shifts,
@@ -210,12 +180,11 @@ class Rows {
   }
 
  private:
-  const T* factor_;
-  const T* bias_;
-  const T* class_margin_;
-  const T* class_weight_;
-  const T scale_;
-  const TargetMap<T> target_map_;
+  using Map::bias_;
+  using Map::class_weight_;
+  using Map::factor_;
+  using Map::scale_;
+  using Map::target_map_;
 
   IMBALANCE_INLINE void store_target(int64_t row, const SweptRow<T>& swept, const RowGradient<T>& gradient,
                                      S* d_logits) const {
@@ -224,16 +193,10 @@ class Rows {
     store_number(d_logits + arguments.target[row], d_target);
   }
 
-  // z_t and its slope. A masked target is -inf with the slope of a logit of 0.
   IMBALANCE_INLINE void map_target(int64_t row, int64_t target, T* target_logit, SweptRow<T>* swept) const {
-    const T infinity = std::numeric_limits<T>::infinity();
-    const T x = number_of(logits(row) + target);
-    const T additive = class_margin_ ? class_margin_[target] : target_map_.parameters[0];
-    const TargetLogit<T> mapped = target_map_(x == -infinity ? T(0) : x, additive);
-    const T multiplier = factor_ ? scale_ * factor_[target] : scale_;
-    const T bias = bias_ ? bias_[target] : T(0);
-    *target_logit = x == -infinity ? -infinity : multiplier * mapped.value + bias;
-    swept->target_slope = multiplier * mapped.slope;
+    const TargetLogit<T> mapped = this->target_logit(number_of(logits(row) + target), target);
+    *target_logit = mapped.value;
+    swept->target_slope = mapped.slope;
   }
 
   // Effective logits of a block, all classes as the rest, padded with -inf to whole packs; returns their maximum. With
@@ -283,8 +246,8 @@ class Rows {
           for_packs<L>(n, [&](auto whole, int64_t i, int64_t m, int a) IMBALANCE_LAMBDA {
             const L raw = load_pack<L>(whole, x + i, m, -infinity);
             L effective = raw * L(scale_);
-            if constexpr (has_factor) effective = effective * load_pack<L>(whole, factor_ + start + i, m, T(1));
-            if constexpr (has_bias) effective = effective + load_pack<L>(whole, bias_ + start + i, m, T(0));
+            if constexpr (has_factor) effective = effective * load_pack<L>(whole, this->factor_ + start + i, m, T(1));
+            if constexpr (has_bias) effective = effective + load_pack<L>(whole, this->bias_ + start + i, m, T(0));
             effective = without(M::select(M::equal(raw, L(-infinity)), raw, effective), i, excluded);
             highest.of[a] = maximum(highest.of[a], effective);
             effective.store(z + i);
@@ -333,21 +296,12 @@ class Rows {
     });
   }
 
-  // The bend of raw logits before scale: the soft cap, or Circle loss's map of the rest; -inf where x is.
+  // The bend of raw logits before scale.
   IMBALANCE_INLINE void bend_block(const S* x, int64_t n, T* bent) const {
     outline<OneBlock>([=, this]() IMBALANCE_LAMBDA {
-      const L infinity = M::infinity(), margin(target_map_.parameters[0]), softcap(target_map_.softcap);
       with_constant(target_map_.kind == MarginKind::circle, [&](auto circle) IMBALANCE_LAMBDA {
         for_packs<L>(n, [&](auto whole, int64_t i, int64_t m, int) IMBALANCE_LAMBDA {
-          const L raw = load_pack<L>(whole, x + i, m, T(0));
-          L y;
-          if constexpr (circle) {
-            y = positive_part(raw + margin) * (raw - margin);
-          } else {
-            y = softcap * tanh_of(raw / softcap);
-          }
-          y = M::select(M::equal(raw, -infinity), raw, y);
-          store_pack(whole, bent + i, m, y);
+          store_pack(whole, bent + i, m, this->bend(circle, load_pack<L>(whole, x + i, m, T(0))));
         });
       });
     });
@@ -356,34 +310,14 @@ class Rows {
   // The slope of the bend times the class's factor.
   IMBALANCE_INLINE void slope_block(const S* x, int64_t start, int64_t n, T* slopes) const {
     outline<OneBlock>([=, this]() IMBALANCE_LAMBDA {
-      const L margin(target_map_.parameters[0]), softcap(target_map_.softcap);
-      const T moving = target_map_.parameters[1] != 0 ? T(0) : T(1);  // Circle loss's factor is differentiated too
       with_constant(target_map_.kind == MarginKind::circle, [&](auto circle) IMBALANCE_LAMBDA {
         for_packs<L>(n, [&](auto whole, int64_t i, int64_t m, int) IMBALANCE_LAMBDA {
-          const L raw = load_pack<L>(whole, x + i, m, T(0));
-          L slope;
-          if constexpr (circle) {
-            const L push = raw + margin;
-            slope = M::select(M::less(L(T(0)), push), push + L(moving) * (raw - margin), L(T(0)));
-          } else {
-            const L tanh = tanh_of(raw / softcap);
-            slope = (L(T(1)) - tanh) * (L(T(1)) + tanh);
-          }
+          L slope = this->slope_of_bend(circle, load_pack<L>(whole, x + i, m, T(0)));
           if (factor_) slope = slope * load_pack<L>(whole, factor_ + start + i, m, T(0));
           store_pack(whole, slopes + i, m, slope);
         });
       });
     });
-  }
-
-  static IMBALANCE_INLINE L positive_part(L x) { return M::select(M::less(L(T(0)), x), x, L(T(0))); }
-
-  static IMBALANCE_INLINE L tanh_of(L x) {
-    const auto negative = M::less(x, L(T(0)));
-    const L magnitude = M::select(negative, -x, x);
-    const L minus = M::expm1_nonpositive(L(T(-2)) * magnitude);
-    const L tanh = -minus / (L(T(2)) + minus);
-    return M::select(negative, -tanh, tanh);
   }
 
   // Where the rest takes no part: a raw logit or a bias of -inf.
@@ -398,8 +332,6 @@ class Rows {
   // u of a block, padded with 0: class weights over unmasked classes, or smoothed weighted class probabilities.
   IMBALANCE_INLINE void weigh_block(int64_t row, int64_t start, int64_t n, T* weights) const {
     outline<OneBlock>([=, this]() IMBALANCE_LAMBDA {
-      const T smoothing = static_cast<T>(arguments.label_smoothing);
-      const L kept(1 - smoothing), uniform(smoothing / static_cast<T>(classes));
       for_packs<L>(n, [&](auto whole, int64_t i, int64_t m, int) IMBALANCE_LAMBDA {
         const int64_t at = start + i;
         const L inside = load_pack<L>(whole, weights_of_one(), m, T(0));
@@ -409,8 +341,7 @@ class Rows {
         if (has_target()) {
           u = M::select(mask, L(T(0)), u);
         } else {
-          const L probability = load_probabilities(whole, row * classes + at, m);
-          u = u * (kept * probability + M::select(mask, L(T(0)), uniform));
+          u = this->weight_of(this->load_probabilities(whole, row * classes + at, m), mask, u);
         }
         u.store(weights + i);
       });
@@ -420,14 +351,6 @@ class Rows {
   static IMBALANCE_INLINE const T* weights_of_one() {
     alignas(64) static constexpr T ones[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
     return ones;
-  }
-
-  template <class Whole>
-  IMBALANCE_INLINE L load_probabilities(Whole whole, int64_t at, int64_t m) const {
-    if (arguments.probabilities_are_logits_dtype) {
-      return load_pack<L>(whole, static_cast<const S*>(arguments.probabilities) + at, m, T(0));
-    }
-    return load_pack<L>(whole, static_cast<const T*>(arguments.probabilities) + at, m, T(0));
   }
 
   // Adds sum u (z - shift), where a weight of 0 takes no part, and sum u.
@@ -469,35 +392,6 @@ class Rows {
   }
 };
 
-// A tile's rows as columns of a table: what goes through the lanes of the row program.
-template <class T>
-struct alignas(64) Tile {
-  T target[kTileRows], sum[kTileRows], shift[kTileRows], weighted_logits[kTileRows], weight_sum[kTileRows];
-  T class_weight[kTileRows], sample_weight[kTileRows], parameter[kTileRows];
-  T loss[kTileRows], d_target[kTileRows], d_rest[kTileRows], d_weights[kTileRows];
-};
-
-// The row programs of n rows of a tile; d_rest becomes the factor of exponentials.
-template <class T, int Bytes>
-IMBALANCE_INLINE void run_row_programs(Tile<T>& tile, int64_t n, const RowOptions<T>& options) {
-  outline<false>([&]() IMBALANCE_LAMBDA {
-    using L = Lanes<T, Bytes>;
-    using M = Math<L>;
-    for (int64_t i = 0; i < n; i += L::count) {
-      const L sum = L::load(tile.sum + i);
-      const RowSplit<L> split{L::load(tile.target + i),        M::log(sum),
-                              L::load(tile.shift + i),         L::load(tile.weighted_logits + i),
-                              L::load(tile.weight_sum + i),    L::load(tile.class_weight + i),
-                              L::load(tile.sample_weight + i), L::load(tile.parameter + i)};
-      const RowResult<L> result = row_program(split, options);
-      result.loss.store(tile.loss + i);
-      result.target.store(tile.d_target + i);
-      M::select(M::equal(sum, L(T(0))), L(T(0)), result.rest / sum).store(tile.d_rest + i);
-      result.weights.store(tile.d_weights + i);
-    }
-  });
-}
-
 template <class S>
 void clear(S* row, int64_t n) {
   std::memset(row, 0, static_cast<std::size_t>(n) * sizeof(S));
@@ -516,14 +410,8 @@ void loss_rows_of(const LossArguments& arguments, int64_t first_row, int64_t las
   const T* sample_weight = static_cast<const T*>(arguments.sample_weight);
   const T* class_parameter = static_cast<const T*>(arguments.class_parameter);
   const T* upstream = static_cast<const T*>(arguments.upstream);
-  const RowOptions<T> options{rows.has_target(),
-                              arguments.objective,
-                              static_cast<T>(arguments.objective_parameters[1]),
-                              static_cast<T>(arguments.split.label_smoothing),
-                              static_cast<T>(arguments.split.label_smoothing / static_cast<double>(classes)),
-                              static_cast<T>(arguments.z_loss),
-                              static_cast<T>(arguments.inverse_divisor)};
-  Tile<T> tile;
+  const RowOptions<T> options = row_options_of<T>(arguments);
+  Tile<T, kTileRows> tile;
   std::memset(&tile, 0, sizeof(tile));
   SweptRow<T> swept[kTileRows];
 
@@ -555,7 +443,7 @@ void loss_rows_of(const LossArguments& arguments, int64_t first_row, int64_t las
                                           : static_cast<T>(arguments.objective_parameters[0]);
     }
 
-    run_row_programs<T, Bytes>(tile, tile_end - tile_start, options);
+    run_row_programs<Bytes>(tile, tile_end - tile_start, options);
 
     for (int64_t row = tile_start; row < tile_end; ++row) {
       const int64_t i = row - tile_start;
@@ -576,7 +464,9 @@ void loss_rows_of(const LossArguments& arguments, int64_t first_row, int64_t las
 
 template <class S, int Bytes>
 void loss_rows(const LossArguments& arguments, int64_t first_row, int64_t last_row, void* memory) {
-  if (blocks_of(arguments.split.classes) <= 1) {
+  if (arguments.split.pixels > 0) {
+    loss_planes<S, Bytes>(arguments, first_row, last_row, memory);
+  } else if (blocks_of(arguments.split.classes) <= 1) {
     loss_rows_of<S, Bytes, true>(arguments, first_row, last_row, memory);
   } else {
     loss_rows_of<S, Bytes, false>(arguments, first_row, last_row, memory);
@@ -627,9 +517,22 @@ void split_backward_rows(const SplitBackwardArguments& arguments, int64_t first_
 
 std::size_t scratch_bytes(const SplitArguments& split) {
   const bool is_double = split.dtype == Dtype::float64;
+  if (split.pixels > 0) return static_cast<std::size_t>(planes_scratch_bytes(split, is_double ? 8 : 4));
   const int64_t bytes =
       is_double ? Scratch<double>::count(split.classes) * 8 : Scratch<float>::count(split.classes) * 4;
   return static_cast<std::size_t>(bytes);
+}
+
+TargetCounts count_targets(const SplitArguments& split, int64_t first_row, int64_t last_row) {
+  const int64_t ignore_index = split.ignore_index;
+  TargetCounts counts{0, 0};
+  for (int64_t row = first_row; row < last_row; ++row) {
+    const int64_t target = split.target[row];
+    const int64_t counted = target != ignore_index, inside = (target >= 0) & (target < split.classes);
+    counts.classes += counted & inside;
+    counts.outside += counted & (inside ^ 1);
+  }
+  return counts;
 }
 
 // The functions of an instruction set, by Dtype.
@@ -638,6 +541,7 @@ constexpr Kernels kernels_of(const char* name) {
   return {
       name,
       scratch_bytes,
+      count_targets,
       {loss_rows<float, Bytes>, loss_rows<double, Bytes>, loss_rows<BFloat16, Bytes>, loss_rows<Float16, Bytes>},
       {split_rows<float, Bytes>, split_rows<double, Bytes>, split_rows<BFloat16, Bytes>, split_rows<Float16, Bytes>},
       {split_backward_rows<float, Bytes>, split_backward_rows<double, Bytes>, split_backward_rows<BFloat16, Bytes>,

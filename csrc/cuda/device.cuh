@@ -59,9 +59,21 @@ __device__ __forceinline__ T* remote(T* p, unsigned /*rank*/) {
 }
 #endif
 
-// 16 bytes that are read or written once: first to leave the caches.
-__device__ __forceinline__ uint4 load_streaming(const uint4* p) { return __ldcs(p); }
-__device__ __forceinline__ void store_streaming(uint4* p, uint4 x) { __stcs(p, x); }
+// A vector of up to 16 bytes that is read or written once: first to leave the caches.
+template <class Vector>
+__device__ __forceinline__ Vector load_streaming(const Vector* p) {
+  return __ldcs(p);
+}
+template <class Vector>
+__device__ __forceinline__ void store_streaming(Vector* p, Vector x) {
+  __stcs(p, x);
+}
+
+// What no thread writes while the kernel runs, so that its loads may come before any store.
+template <class T>
+__device__ __forceinline__ T load_constant(const T* p) {
+  return __ldg(p);
+}
 
 // 2^x to two units in the last place, results below 2^-126 flushed to 0: one instruction.
 __device__ __forceinline__ float exp2_quick(float x) {

@@ -31,6 +31,7 @@ struct Math<Quick> {
   static IMBALANCE_INLINE Quick infinity() { return std::numeric_limits<float>::infinity(); }
   static IMBALANCE_INLINE bool less(Quick a, Quick b) { return a.value < b.value; }
   static IMBALANCE_INLINE bool equal(Quick a, Quick b) { return a.value == b.value; }
+  static IMBALANCE_INLINE bool any(bool condition) { return condition; }
   static IMBALANCE_INLINE Quick select(bool condition, Quick a, Quick b) { return condition ? a.value : b.value; }
 
 #if defined(__CUDACC__) && !defined(__CUDA_ARCH__)  // nvcc's pass for the host, where nothing calls these
@@ -45,8 +46,8 @@ struct Math<Quick> {
 
   // The argument is rounded: relative errors grow as x does, to 2e-6 at -30.
   static IMBALANCE_INLINE Quick exp_nonpositive(Quick x) { return exp2(x.value * kLog2E); }
-  // By its series where the difference would cancel, 2e-7.
-  static IMBALANCE_INLINE Quick expm1_nonpositive(Quick x) {
+  // The latter by its series where the difference would cancel, 3.2e-7.
+  static IMBALANCE_INLINE Pair<Quick> exp_and_expm1_nonpositive(Quick x) {
     const float a = x.value;
     float series = 1.9841270e-4f;
     series = series * a + 1.3888889e-3f;
@@ -54,13 +55,14 @@ struct Math<Quick> {
     series = series * a + 4.1666667e-2f;
     series = series * a + 1.6666667e-1f;
     series = series * a + 0.5f;
-    return a > -0.5f ? a * (series * a + 1.0f) : exp2(a * kLog2E) - 1.0f;
+    const Quick power = exp_nonpositive(x);
+    return {power, a > -0.5f ? a * (series * a + 1.0f) : power.value - 1.0f};
   }
   static IMBALANCE_INLINE Quick sqrt(Quick x) { return sqrtf(x.value); }
   static IMBALANCE_INLINE Quick log(Quick x) { return log2(x.value) * kLn2; }
-  // log(1 + x) = x series(x) for x in [0, 1], minimax, 3.3e-7 with all roundings: no logarithm, and it does not cancel.
-  static IMBALANCE_INLINE Quick log1p_unit(Quick x) { return x * log1p_series(x); }
-  static IMBALANCE_INLINE Quick log1p_series(Quick x) {
+  static IMBALANCE_INLINE Quick minus_abs(Quick x) { return -fabsf(x.value); }
+  // By a series for x in [0, 1], minimax, 3.3e-7 with all roundings: no logarithm, and it does not cancel.
+  static IMBALANCE_INLINE Quick log1p_unit(Quick x) {
     const float a = x.value;
     float series = -0.008539168164134026f;
     series = series * a + 0.04408948868513107f;
@@ -69,7 +71,12 @@ struct Math<Quick> {
     series = series * a - 0.24495458602905273f;
     series = series * a + 0.33275479078292847f;
     series = series * a - 0.4999740421772003f;
-    return series * a + 0.9999998211860657f;
+    return a * (series * a + 0.9999998211860657f);
+  }
+  // For x in (-1, 0].
+  static IMBALANCE_INLINE Quick log1p(Quick x) {
+    const Quick rest = Quick(1.0f) + x;
+    return x.value > -0.5f ? -log1p_unit(-x / rest) : log(rest);
   }
 };
 

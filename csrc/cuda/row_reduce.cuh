@@ -25,7 +25,7 @@ __device__ __forceinline__ T shift_of(T highest) {
 // far the shift is from 0: `correction` times each of them, or their sum, is right.
 template <class T>
 struct Exponentials {
-  const T shift;
+  T shift;
 
   static constexpr T correction = T(1);
   __device__ __forceinline__ T operator()(T z) const { return exp(z - shift); }
@@ -33,7 +33,9 @@ struct Exponentials {
 
 template <>
 struct Exponentials<float> {
-  const float base, offset, correction;  // log2 of the base
+  float base, offset, correction;  // log2 of the base
+
+  Exponentials() = default;
 
   // From 2^30 the correction would soon leave float's range; but there neighbours are so far apart that any base above
   // 1 gives 1 or next to nothing.
@@ -54,6 +56,12 @@ struct RowSums {
   T weight_sum;       // sum u_j
 
   static __device__ __forceinline__ RowSums nothing() { return {-infinity<T>(), T(0), T(0), T(0)}; }
+
+  // One number's, whose logit is relative to the shift.
+  __device__ __forceinline__ void add_weight(T u, T relative) {
+    if (u != T(0)) weighted_logits += u * relative;
+    weight_sum += u;
+  }
 
   // The same, relative to a higher maximum.
   __device__ __forceinline__ RowSums raised(T to) const {

@@ -29,9 +29,11 @@ struct Rows {
   std::int64_t count;  // N
   int classes;         // C
   const S* logits;
-  std::int64_t stride;
+  std::int64_t stride;         // of rows, or of images
+  std::int64_t pixels;         // of an image, channels-first; else 0
+  std::int64_t class_stride;   // channels-first
   const std::int64_t* target;  // (N,); null for class probabilities
-  const S* probabilities;      // (N, C); null, or these
+  const S* probabilities;      // as the logits, contiguous; null, or these
   const T* probabilities_wide;
   std::int64_t ignore_index;
   T scale;
@@ -66,8 +68,9 @@ struct Results {
   T* shift;
   T* weighted_logits;
   T* weight_sum;
-  S* d_logits;  // (N, C)
+  S* d_logits;  // as the logits
   std::int64_t gradient_stride;
+  std::int64_t gradient_class_stride;
 
   // Nothing counts, so that nothing is read.
   __device__ __forceinline__ bool is_nothing() const { return normalizer != nullptr && *normalizer == T(0); }
@@ -109,17 +112,17 @@ struct Target {
   T parameter;  // the objective's first, for this row
 };
 
-// The target's numbers of a row that is read, and the row's own.
-template <class S>
-__device__ __forceinline__ Target<Accumulate<S>> load_target(const Rows<S>& rows, const Results<S>& results,
-                                                             const Place& place) {
+// The numbers of a row that is read, and those of its target, whose raw logit `load_logit` loads.
+template <class S, class LoadLogit>
+__device__ __forceinline__ Target<Accumulate<S>> target_of(const Rows<S>& rows, const Results<S>& results,
+                                                           const Place& place, const LoadLogit& load_logit) {
   using T = Accumulate<S>;
   Target<T> target{-infinity<T>(), T(0), T(1), T(0), T(1), results.first_parameter};
   if (!place.is_read) return target;
   if (results.sample_weight) target.sample_weight = results.sample_weight[place.row];
   if (place.target < 0) return target;
   if (results.class_parameter) target.parameter = results.class_parameter[place.target];
-  const T x = number_of(rows.logits[place.row * rows.stride + place.target]);
+  const T x = load_logit();
   const bool masked = x == -infinity<T>();
   const T margin = rows.class_margin ? rows.class_margin[place.target] : rows.target_map.parameters[0];
   const TargetLogit<T> mapped = rows.target_map(masked ? T(0) : x, margin);
@@ -130,6 +133,13 @@ __device__ __forceinline__ Target<Accumulate<S>> load_target(const Rows<S>& rows
   if (rows.class_weight) target.class_weight = rows.class_weight[place.target];
   if (rows.spreads && target.z != -infinity<T>()) target.weight = target.class_weight;
   return target;
+}
+
+template <class S>
+__device__ __forceinline__ Target<Accumulate<S>> load_target(const Rows<S>& rows, const Results<S>& results,
+                                                             const Place& place) {
+  return target_of(rows, results, place,
+                   [&] { return number_of(rows.logits[place.row * rows.stride + place.target]); });
 }
 
 // The coefficients of a row's gradient, and its shift; rest multiplies exponentials relative to that.
@@ -272,6 +282,54 @@ unsigned staged_bytes(const Rows<S>& rows, int stretch, Map map) {
   return static_cast<unsigned>(vectors) * static_cast<unsigned>(stretch) * sizeof(Accumulate<S>);
 }
 
+// What comes before scale and factor: the soft cap, or Circle loss's map of the rest; and its slope.
+template <class S, class T>
+__device__ __forceinline__ T bend(const Rows<S>& rows, T x) {
+  const T margin = rows.target_map.parameters[0], softcap = rows.target_map.softcap;
+  if (rows.is_circle()) return maximum(x + margin, T(0)) * (x - margin);
+  return softcap > T(0) ? softcap * std::tanh(x / softcap) : x;
+}
+template <class S, class T>
+__device__ __forceinline__ T bend_slope(const Rows<S>& rows, T x) {
+  const T margin = rows.target_map.parameters[0], softcap = rows.target_map.softcap;
+  if (rows.is_circle()) {
+    const bool detached = rows.target_map.parameters[1] != T(0);
+    const T push = x + margin;
+    return push > T(0) ? (detached ? push : push + (x - margin)) : T(0);
+  }
+  if (!(softcap > T(0))) return T(1);
+  const T tanh = std::tanh(x / softcap);
+  return (T(1) - tanh) * (T(1) + tanh);
+}
+
+// The effective logit of a class as one of the rest, -inf where masked.
+template <Map map, class S, class T>
+__device__ __forceinline__ T effective_logit(const Rows<S>& rows, const T& x, const T& factor, const T& bias) {
+  if constexpr (map == Map::plain) {
+    return x;
+  } else if constexpr (map == Map::affine) {
+    return rows.scale * x + bias;
+  } else {
+    return x == -infinity<T>() ? x : rows.scale * factor * bend(rows, x) + bias;
+  }
+}
+
+// The slope of that.
+template <class S, class T>
+__device__ __forceinline__ T logit_slope(const Rows<S>& rows, T x, T factor) {
+  return bend_slope(rows, x) * rows.scale * factor;
+}
+
+// u: a class weight, 0 where masked, or a smoothed weighted class probability.
+template <class S, class T>
+__device__ __forceinline__ T spread_weight(const Rows<S>& rows, const T& x, const T& bias, const T& probability,
+                                           const T& class_weight) {
+  const bool masked = x == -infinity<T>() || bias == -infinity<T>();
+  T u = masked ? T(0) : T(1);
+  if (rows.target == nullptr) u = rows.kept * probability + (masked ? T(0) : rows.smoothing_per_class);
+  return u * class_weight;
+}
+
 // The packs of a row that a thread holds in registers.
 template <class S, Map map, int packs, class Vectors, bool aligned>
 class Tile {
@@ -326,10 +384,7 @@ class Tile {
   __device__ __forceinline__ void forget_values() {
     forget(columns_.lane);
 #pragma unroll
-    for (int i = 0; i < packs; ++i) {
-#pragma unroll
-      for (int w = 0; w < 4; ++w) forget(packs_[i].words[w]);
-    }
+    for (int i = 0; i < packs; ++i) packs_[i].forget_words();
     forget_memory();
   }
 
@@ -380,10 +435,7 @@ class Tile {
         Values u;
         weigh_pack(i, x, bias, u);
 #pragma unroll
-        for (int k = 0; k < width; ++k) {
-          if (u[k] != T(0)) sums.weighted_logits += u[k] * (z[k] - shift);
-          sums.weight_sum += u[k];
-        }
+        for (int k = 0; k < width; ++k) sums.add_weight(u[k], z[k] - shift);
       }
     }
     sums.total *= exponential.correction;
@@ -412,7 +464,7 @@ class Tile {
           for (int k = 0; k < width; ++k) d[k] -= gradient.weights * u[k];
         }
 #pragma unroll
-        for (int k = 0; k < width; ++k) d[k] *= bend_slope(x[k]) * rows_.scale * factor[k];
+        for (int k = 0; k < width; ++k) d[k] *= logit_slope(rows_, x[k], factor[k]);
       }
       store_pack(d_row, columns_, i, d);
     }
@@ -437,22 +489,10 @@ class Tile {
 
   // Effective logits, -inf where masked; factor and bias as far as the map has them.
   __device__ __forceinline__ void map_pack(int i, const Values& x, Values& z, Values& factor, Values& bias) const {
-    if constexpr (map == Map::plain) {
+    if constexpr (map != Map::plain) load_or(vectors_.bias, i, T(0), bias);
+    if constexpr (map == Map::general) load_or(vectors_.factor, i, T(1), factor);
 #pragma unroll
-      for (int k = 0; k < width; ++k) z[k] = x[k];
-      return;
-    }
-    load_or(vectors_.bias, i, T(0), bias);
-    if constexpr (map == Map::affine) {
-#pragma unroll
-      for (int k = 0; k < width; ++k) z[k] = rows_.scale * x[k] + bias[k];
-    } else {
-      load_or(vectors_.factor, i, T(1), factor);
-#pragma unroll
-      for (int k = 0; k < width; ++k) {
-        z[k] = x[k] == -infinity<T>() ? x[k] : rows_.scale * factor[k] * bend(x[k]) + bias[k];
-      }
-    }
+    for (int k = 0; k < width; ++k) z[k] = effective_logit<map>(rows_, x[k], factor[k], bias[k]);
   }
 
   __device__ __forceinline__ void load_or(const T* vector, int i, T otherwise, Values& values) const {
@@ -468,24 +508,6 @@ class Tile {
     for (int k = 0; k < width; ++k) values[k] = otherwise;
   }
 
-  // What comes before scale and factor: the soft cap, or Circle loss's map of the rest; and its slope.
-  __device__ __forceinline__ T bend(T x) const {
-    const T margin = rows_.target_map.parameters[0], softcap = rows_.target_map.softcap;
-    if (rows_.is_circle()) return maximum(x + margin, T(0)) * (x - margin);
-    return softcap > T(0) ? softcap * std::tanh(x / softcap) : x;
-  }
-  __device__ __forceinline__ T bend_slope(T x) const {
-    const T margin = rows_.target_map.parameters[0], softcap = rows_.target_map.softcap;
-    if (rows_.is_circle()) {
-      const bool detached = rows_.target_map.parameters[1] != T(0);
-      const T push = x + margin;
-      return push > T(0) ? (detached ? push : push + (x - margin)) : T(0);
-    }
-    if (!(softcap > T(0))) return T(1);
-    const T tanh = std::tanh(x / softcap);
-    return (T(1) - tanh) * (T(1) + tanh);
-  }
-
   // u: class weights over unmasked classes, or smoothed weighted class probabilities; 0 beyond the classes.
   __device__ __forceinline__ void weigh_pack(int i, const Values& x, const Values& bias, Values& u) const {
     Values weight, probability;
@@ -498,36 +520,33 @@ class Tile {
     }
     load_or(vectors_.class_weight, i, T(1), weight);
 #pragma unroll
-    for (int k = 0; k < width; ++k) {
-      const bool masked = x[k] == -infinity<T>() || bias[k] == -infinity<T>();
-      u[k] = masked ? T(0) : T(1);
-      if (rows_.target == nullptr) u[k] = rows_.kept * probability[k] + (masked ? T(0) : rows_.smoothing_per_class);
-      u[k] *= weight[k];
-    }
+    for (int k = 0; k < width; ++k) u[k] = spread_weight(rows_, x[k], bias[k], probability[k], weight[k]);
   }
 };
 
-// The pieces of rows that a group of threads works on: one, and then always the one `step` pieces further. Divides
-// once, not for every piece.
+// The pieces of rows, or of images, that a group of threads works on: one, and then always the one `step` pieces
+// further. Divides once, not for every piece.
+template <class Index>
 struct Piece {
   std::int64_t row;
-  int index;  // in the row
+  Index index;  // in the row
 };
+template <class Index>
 class Pieces {
  public:
-  __device__ __forceinline__ Pieces(std::int64_t step, int of_a_row) : of_a_row_(of_a_row), step_(at(step)) {}
+  __device__ __forceinline__ Pieces(std::int64_t step, Index of_a_row) : of_a_row_(of_a_row), step_(at(step)) {}
 
-  __device__ __forceinline__ Piece at(std::int64_t index) const {
-    return {index / of_a_row_, static_cast<int>(index % of_a_row_)};
+  __device__ __forceinline__ Piece<Index> at(std::int64_t index) const {
+    return {index / of_a_row_, static_cast<Index>(index % of_a_row_)};
   }
-  __device__ __forceinline__ Piece after(const Piece& piece) const {
-    const Piece next{piece.row + step_.row, piece.index + step_.index};
-    return next.index < of_a_row_ ? next : Piece{next.row + 1, next.index - of_a_row_};
+  __device__ __forceinline__ Piece<Index> after(const Piece<Index>& piece) const {
+    const Piece<Index> next{piece.row + step_.row, piece.index + step_.index};
+    return next.index < of_a_row_ ? next : Piece<Index>{next.row + 1, next.index - of_a_row_};
   }
 
  private:
-  int of_a_row_;
-  Piece step_;
+  Index of_a_row_;
+  Piece<Index> step_;
 };
 
 // A tile beside these class vectors.

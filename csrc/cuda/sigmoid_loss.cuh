@@ -338,6 +338,8 @@ template <class S>
 __device__ __forceinline__ Pixels<Pack<S>::width> pixels_of(const Logits<S>& a, const Stretch<S>& stretch) {
   constexpr int width = Pack<S>::width;
   Pixels<width> pixels{{}, {0, 0, 0}};
+#pragma unroll
+  for (int k = 0; k < width; ++k) pixels.classes[k] = -1;
   if (a.pixels == 0 || a.labels == nullptr || stretch.packs == 0) return pixels;
 #pragma unroll
   for (int k = 0; k < width; ++k) {
@@ -745,7 +747,7 @@ __global__ void __launch_bounds__(kLogitThreads)
     if (nothing) {
     } else if (a.labels != nullptr) {
       mark_row(a, label, spot.column, 1, 0, &bits);
-    } else if (a.lists != nullptr) {
+    } else if (a.dense == nullptr) {
       mark_list(a, spot.row, spot.column, 1, 0, &bits);
     } else if (a.label_type == LabelType::boolean) {
       bits.positive = static_cast<const unsigned char*>(a.dense)[spot.place];

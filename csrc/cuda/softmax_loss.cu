@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kScaleThreads) scale_rows(S* gradient, std::in
   const int lane = static_cast<int>(threadIdx.x) % lanes, group = static_cast<int>(threadIdx.x) / lanes;
   const int groups = static_cast<int>(blockDim.x) / lanes, length = lanes * kScalePacks * width;
   const Pieces pieces(static_cast<std::int64_t>(gridDim.x) * groups, (classes + length - 1) / length);
-  Piece piece = pieces.at(static_cast<std::int64_t>(blockIdx.x) * groups + group);
+  Piece<int> piece = pieces.at(static_cast<std::int64_t>(blockIdx.x) * groups + group);
   for (; piece.row < rows; piece = pieces.after(piece)) {
     S* const row = gradient + piece.row * stride;
     const Columns<aligned> columns{piece.index * length, classes, lanes, lane};

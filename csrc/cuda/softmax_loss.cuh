@@ -10,6 +10,8 @@
 //   and for its gradient again, the last piece first, so that it begins with what the cache still holds.
 // - rows_in_pieces: the backward of target_and_rest, which knows shift and sum already: pieces are apart.
 //
+// Logits that lie channels-first have a kernel of their own, rows_in_planes (planes.cuh).
+//
 // All are persistent. In the first two a block's stretch of class vectors stays in its shared memory while rows pass,
 // and the next row is on its way as soon as there are registers for it. N*C is read once and written once; nothing of
 // its size but the gradient is allocated. No atomics: a row's bits depend on its own values, its width and its
@@ -19,6 +21,7 @@
 #include <algorithm>
 
 #include "launches.cuh"
+#include "planes.cuh"
 #include "rows.cuh"
 
 namespace imbalance::cuda {
@@ -226,7 +229,7 @@ __global__ void __launch_bounds__(kPieceThreads)
   const int groups = static_cast<int>(blockDim.x) / lanes;
   const int length = lanes * kPiecePacks * Pack<S>::width;
   const Pieces pieces(static_cast<std::int64_t>(gridDim.x) * groups, (rows.classes + length - 1) / length);
-  Piece piece = pieces.at(static_cast<std::int64_t>(blockIdx.x) * groups + group);
+  Piece<int> piece = pieces.at(static_cast<std::int64_t>(blockIdx.x) * groups + group);
   for (; piece.row < rows.count; piece = pieces.after(piece)) {
     const Place place = place_of(rows, piece.row, false);
     S* const d_row = d_logits + place.row * gradient_stride;
@@ -265,6 +268,8 @@ Rows<S> rows_of(const SplitArguments& a, std::int64_t count) {
   rows.classes = static_cast<int>(a.classes);
   rows.logits = static_cast<const S*>(a.logits);
   rows.stride = a.row_stride;
+  rows.pixels = a.pixels;
+  rows.class_stride = a.class_stride;
   rows.target = a.target;
   rows.probabilities = a.probabilities_are_logits_dtype ? static_cast<const S*>(a.probabilities) : nullptr;
   rows.probabilities_wide = a.probabilities_are_logits_dtype ? nullptr : static_cast<const T*>(a.probabilities);
@@ -404,6 +409,31 @@ cudaError_t launch_rows(const Rows<S>& rows, const Results<S>& results, cudaStre
 }
 
 template <class S>
+cudaError_t launch_in_planes(const Rows<S>& rows, const Results<S>& results, cudaStream_t stream) {
+  if (rows.count == 0) return cudaSuccess;
+  constexpr int packs = kPlaneBytes / sizeof(S);
+  Device device;
+  if (const cudaError_t error = current_device(&device)) return error;
+  const int groups = lanes_for(rows.classes, packs, kPlaneGroups);
+  const int threads = groups <= kPlaneGroups / 4 ? kPlaneThreads / 2 : kPlaneThreads, lanes = threads / groups;
+  const PlaneGroups shape_of_block{groups, lanes, ceiling(rows.classes, groups * packs)};
+  return with_form<S, true>(rows, is_aligned_in_planes(rows, results), [&](auto form) {
+    const auto kernel = &rows_in_planes<S, form.map, form.aligned>;
+    constexpr int width = plane_width<S>(form.aligned);
+    Shape shape{1, static_cast<unsigned>(threads), 1, 0};
+    shape.shared_memory =
+        PlaneMemory<Accumulate<S>>{static_cast<unsigned>(groups), static_cast<unsigned>(lanes * width)}.bytes();
+    std::int64_t most_tiles = INT32_MAX;                             // at a time
+    if (results.d_logits != nullptr && shape_of_block.sweeps > 1) {  // as in launch_in_sweeps
+      const double tile_bytes = static_cast<double>(rows.classes) * sizeof(S) * lanes * width;
+      most_tiles = std::max({1, device.multiprocessors / 2, static_cast<int>(kCacheShare * device.cache / tile_bytes)});
+    }
+    if (const auto error = fill_device(kernel, ceiling(rows.count, lanes * width), &shape, most_tiles)) return error;
+    return launch(kernel, shape, stream, rows, results, shape_of_block);
+  });
+}
+
+template <class S>
 cudaError_t loss_rows_of(const LossArguments& a, std::int64_t count, cudaStream_t stream) {
   using T = Accumulate<S>;
   S* const d_logits = static_cast<S*>(a.d_logits);
@@ -426,7 +456,8 @@ cudaError_t loss_rows_of(const LossArguments& a, std::int64_t count, cudaStream_
   results.losses = static_cast<T*>(a.losses);
   results.d_logits = d_logits;
   results.gradient_stride = a.gradient_stride;
-  return launch_rows(rows, results, stream);
+  results.gradient_class_stride = a.gradient_class_stride;
+  return rows.pixels > 0 ? launch_in_planes(rows, results, stream) : launch_rows(rows, results, stream);
 }
 
 template <class S>

@@ -23,11 +23,12 @@ struct LossArguments {
   double z_loss;
   const void* upstream;  // gradient of the result: (N,), or () with a step of 0; null: one
   std::int64_t upstream_step;
-  const void* normalizer;  // (): divides the gradient; where it is 0, so is everything
-  const void* divisor;     // () of a mean: divides the gradient; null with a normalizer
-  void* losses;            // (N,) not divided; null: the gradient alone
-  void* d_logits;          // (N, C), may be the logits themselves; null for the losses alone
-  std::int64_t gradient_stride;
+  const void* normalizer;        // (): divides the gradient; where it is 0, so is everything
+  const void* divisor;           // () of a mean: divides the gradient; null with a normalizer
+  void* losses;                  // (N,) not divided; null: the gradient alone
+  void* d_logits;                // in the logits' shape, may be the logits themselves; null for the losses alone
+  std::int64_t gradient_stride;  // of rows; of images where logits are channels-first
+  std::int64_t gradient_class_stride;
 };
 
 // softmax_loss: losses and the gradient of the logits, in one trip.

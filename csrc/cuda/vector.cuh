@@ -74,28 +74,54 @@ __device__ __forceinline__ S mask_number() {
 // Whether caches should keep what is loaded.
 enum class Reads { once, again };
 
-// 16 bytes of a row as they are stored, in four registers; two halves share one. Registers have no index: that of a
-// number must be a constant, as in an unrolled loop.
-template <class S>
+// What one instruction loads.
+template <int bytes>
+struct VectorOf;
+template <>
+struct VectorOf<16> {
+  using type = uint4;
+};
+template <>
+struct VectorOf<8> {
+  using type = uint2;
+};
+template <>
+struct VectorOf<4> {
+  using type = unsigned;
+};
+template <>
+struct VectorOf<2> {
+  using type = unsigned short;
+};
+
+// Neighbouring numbers as they are stored, 16 bytes if nothing else is said, in registers; two halves share one.
+// Registers have no index: that of a number must be a constant, as in an unrolled loop.
+template <class S, int width_ = 16 / sizeof(S)>
 struct Pack {
   using T = Accumulate<S>;
-  static constexpr int width = 16 / sizeof(S);
+  using Vector = typename VectorOf<width_ * sizeof(S)>::type;
+  static constexpr int width = width_;
+  static constexpr int count = sizeof(Vector) < 4 ? 1 : sizeof(Vector) / 4;  // of words
 
-  std::uint32_t words[4];
+  std::uint32_t words[count];
 
   static __device__ __forceinline__ Pack load(const S* p, Reads reads) {
-    const auto* const vector = reinterpret_cast<const uint4*>(p);
-    const uint4 words = reads == Reads::again ? *vector : load_streaming(vector);
-    return {{words.x, words.y, words.z, words.w}};
+    const auto* const vector = reinterpret_cast<const Vector*>(p);
+    const Vector loaded = reads == Reads::again ? *vector : load_streaming(vector);
+    Pack pack{};
+    memcpy(pack.words, &loaded, sizeof(loaded));
+    return pack;
   }
   static __device__ __forceinline__ Pack masks() {
-    Pack pack;
+    Pack pack{};
 #pragma unroll
     for (int k = 0; k < width; ++k) pack.set(k, mask_number<S>());
     return pack;
   }
   __device__ __forceinline__ void store(S* p) const {
-    store_streaming(reinterpret_cast<uint4*>(p), make_uint4(words[0], words[1], words[2], words[3]));
+    Vector stored;
+    memcpy(&stored, words, sizeof(stored));
+    store_streaming(reinterpret_cast<Vector*>(p), stored);
   }
 
   __device__ __forceinline__ S get(int k) const {
@@ -116,12 +142,18 @@ struct Pack {
     }
   }
 
+  // As something new to the compiler (device.cuh).
+  __device__ __forceinline__ void forget_words() {
+#pragma unroll
+    for (int w = 0; w < count; ++w) forget(words[w]);
+  }
+
   // The larger number of each two.
   __device__ __forceinline__ Pack or_larger(const Pack& other) const {
     static_assert(sizeof(S) <= 4);
     Pack pack;
 #pragma unroll
-    for (int w = 0; w < 4; ++w) pack.words[w] = larger(S{}, words[w], other.words[w]);
+    for (int w = 0; w < count; ++w) pack.words[w] = larger(S{}, words[w], other.words[w]);
     return pack;
   }
 
@@ -131,10 +163,14 @@ struct Pack {
     for (int k = 0; k < width; ++k) values[k] = number_of(get(k));
   }
   static __device__ __forceinline__ Pack of_values(const T (&values)[width]) {
-    Pack pack;
-    if constexpr (sizeof(S) == 2) {
+    Pack pack{};
+    if constexpr (width == 1) {
+      S number;
+      store_number(&number, values[0]);
+      pack.set(0, number);
+    } else if constexpr (sizeof(S) == 2) {
 #pragma unroll
-      for (int w = 0; w < 4; ++w) pack.words[w] = word_of(S{}, values[2 * w], values[2 * w + 1]);
+      for (int w = 0; w < count; ++w) pack.words[w] = word_of(S{}, values[2 * w], values[2 * w + 1]);
     } else {
       memcpy(pack.words, values, sizeof(pack.words));
     }

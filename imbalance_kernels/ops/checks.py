@@ -1,4 +1,4 @@
-"""What every operation checks before anything is written, and the (N, C) layout that kernels see."""
+"""What every operation checks before anything is written, and the layouts that kernels see: rows, or channels-first."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from imbalance_kernels.logit_map import CircleMargin
 from imbalance_kernels.objectives import CrossEntropy
+from imbalance_kernels.ops import layout
 from imbalance_kernels.options import LOGIT_DTYPES, SoftmaxOptions, accumulate_dtype
 from imbalance_kernels.softmax_row import RowTargets
 
@@ -23,12 +24,12 @@ __all__ = [
     "check_inplace",
     "check_input",
     "check_linear_cosines",
-    "check_normalizer",
     "check_options",
+    "check_normalizer",
     "check_range",
     "check_reduction",
     "check_row_tensors",
-    "is_view",
+    "check_target",
     "may_read_values",
 ]
 
@@ -37,10 +38,10 @@ COSINE_TOLERANCE = 0.01  # half-precision cosines may leave [-1, 1] by a roundin
 
 
 class Rows(NamedTuple):
-    """Logits and targets as rows."""
+    """Logits and targets as rows, or as B images of P pixels with channels first, where N is B * P."""
 
-    logits: Tensor  # (N, C), stride(1) == 1
-    target: Tensor  # (N,) int64, or (N, C) class probabilities
+    logits: Tensor  # (N, C) with stride(1) == 1, or (B, C, P) with stride(2) == 1
+    target: Tensor  # (N,) int64, or contiguous class probabilities in the logits' shape
     shape: torch.Size  # of the target's rows, which is the shape of an unreduced loss
     owned: bool  # logits are a copy of the caller's, free to be overwritten
 
@@ -53,7 +54,7 @@ def _check_tensors(**arguments: Any) -> None:
 
 
 def check_input(input: Tensor, target: Tensor, class_dim: int) -> int:
-    """Check what every loss takes; return class_dim, 0 where classes are all that input has."""
+    """Check what every family takes; return the dimension of classes, from 0."""
     _check_tensors(input=input, target=target)
     if type(input).__name__ == "DTensor" or type(target).__name__ == "DTensor":
         raise TypeError(
@@ -72,13 +73,11 @@ def check_input(input: Tensor, target: Tensor, class_dim: int) -> int:
         raise ValueError(f"class_dim is {class_dim}, but input has shape {tuple(input.shape)}")
     if target.device != input.device:
         raise ValueError(f"target is on {target.device}, but input is on {input.device}")
-    return class_dim
+    return class_dim % input.dim()
 
 
-def as_rows(input: Tensor, target: Tensor, class_dim: int) -> Rows:
-    """Return input and target as rows, without a copy where the layout allows it."""
-    class_dim = check_input(input, target, class_dim)
-    classes_last = input.movedim(class_dim, -1)
+def check_target(input: Tensor, target: Tensor, class_dim: int) -> None:
+    """Check the softmax family's target; class_dim is from 0."""
     if target.is_floating_point():
         if target.shape != input.shape:
             raise ValueError(
@@ -87,25 +86,31 @@ def as_rows(input: Tensor, target: Tensor, class_dim: int) -> Rows:
             )
         if target.requires_grad:
             raise ValueError("target requires grad, but class probabilities are constants: pass target.detach()")
-        rows_of_target = target.movedim(class_dim, -1)
     else:
         if target.dtype not in (torch.int64, torch.int32):
             raise TypeError(
                 f"target has dtype {target.dtype}, but it must be int64 or int32 class indices, or floating point"
             )
-        if target.shape != classes_last.shape[:-1]:
+        if target.shape != input.movedim(class_dim, -1).shape[:-1]:
             raise ValueError(_wrong_target_shape(input, target, class_dim))
-        rows_of_target = target
+
+
+def as_rows(input: Tensor, target: Tensor, class_dim: int, planes: bool) -> Rows:
+    """Return a checked input and target as rows; class_dim is from 0.
+
+    There is no copy where the layout allows it, as it is; with `planes` also not where it is channels-first.
+    """
+    classes_last = input.movedim(class_dim, -1)
     shape = classes_last.shape[:-1]
-    num_classes = classes_last.shape[-1]
-    num_rows = math.prod(shape)
-    logits = classes_last.reshape(num_rows, num_classes)
-    if num_classes > 1 and logits.stride(1) != 1:
-        logits = logits.contiguous()
-    owned = not is_view(classes_last, logits)
+    are_rows = layout.are_rows(classes_last)
+    are_planes = planes and not are_rows and layout.are_planes(input, class_dim)
+    arrange = layout.as_planes if are_planes else layout.as_rows
+    logits = arrange(input, class_dim)
+    owned = not are_planes and not are_rows
+    logits = logits.contiguous() if owned else logits
     if target.is_floating_point():
-        return Rows(logits, rows_of_target.reshape(num_rows, num_classes).contiguous(), shape, owned)
-    return Rows(logits, rows_of_target.reshape(num_rows).to(torch.int64), shape, owned)
+        return Rows(logits, arrange(target, class_dim).contiguous(), shape, owned)
+    return Rows(logits, target.reshape(-1).to(torch.int64), shape, owned)
 
 
 def as_linear_rows(input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None) -> Rows:
@@ -279,8 +284,10 @@ def check_cosines(rows: Rows, options: SoftmaxOptions) -> None:
     """
     if rows.target.is_floating_point() or not may_read_values(rows.logits):
         return
-    targets = RowTargets.of(rows.target, rows.logits.shape[1], options.ignore_index)
-    cosines = rows.logits.detach().gather(1, targets.indices[:, None]).squeeze(1)
+    logits = rows.logits.detach()
+    targets = RowTargets.of(rows.target, logits.shape[1], options.ignore_index)
+    indices = targets.indices.view(logits.shape[0], 1, *logits.shape[2:])
+    cosines = logits.gather(1, indices).reshape(-1)
     _check_range_of_cosines(cosines, targets, "input holds", "before the last product")
 
 
@@ -332,7 +339,8 @@ def check_inplace(input: Tensor, rows: _Layout, class_dim: int) -> None:
     """Check that the gradient may take the memory of the logits.
 
     Raises:
-        ValueError: input is, or is a view of, a leaf that requires grad; it cannot be seen as rows; rows share memory.
+        ValueError: input is, or is a view of, a leaf that requires grad; it is not seen as rows without a copy; its
+            elements share memory.
     """
     root = input
     if not torch.compiler.is_compiling() and input._is_view() and input._base is not None:
@@ -343,21 +351,11 @@ def check_inplace(input: Tensor, rows: _Layout, class_dim: int) -> None:
         )
     if rows.owned:
         raise ValueError(
-            f"inplace=True needs an input that can be seen as (N, C) rows without a copy, but its shape is "
-            f"{tuple(input.shape)} with strides {input.stride()} and class_dim={class_dim}"
+            f"inplace=True needs an input that can be seen as (N, C) rows, or as (B, C, P) with pixels last, without a "
+            f"copy, but its shape is {tuple(input.shape)} with strides {input.stride()} and class_dim={class_dim}"
         )
-    if _overlaps(rows.logits):
+    if not layout.has_memory_of_its_own(rows.logits):
         raise ValueError(f"inplace=True needs rows with memory of their own, but input's strides are {input.stride()}")
-
-
-def _overlaps(tensor: Tensor) -> bool:
-    """Return whether a dimension's step is smaller than what lies within it, as in an expanded tensor."""
-    extent = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1 and stride < extent:
-            return True
-        extent += (size - 1) * stride
-    return False
 
 
 def check_class_vector(argument: str, vector: Tensor | None, num_classes: int) -> None:
@@ -392,14 +390,3 @@ def _wrong_target_shape(input: Tensor, target: Tensor, class_dim: int) -> str:
     elif target.shape == input.shape:
         message += f", or {tuple(input.shape)} in floating point for class probabilities"
     return message
-
-
-def is_view(base: Tensor, rows: Tensor) -> bool:
-    """Return whether `rows` shares the storage of `base`, which reshape and contiguous decide by the layout."""
-    if not torch.compiler.is_compiling():
-        return rows.numel() == 0 or rows.data_ptr() == base.data_ptr()
-    sizes, strides = base.shape, base.stride()
-    if sizes[-1] > 1 and strides[-1] != 1:
-        return False
-    leading = [(size, stride) for size, stride in zip(sizes[:-1], strides[:-1], strict=True) if size != 1]
-    return all(outer[1] == inner[0] * inner[1] for outer, inner in zip(leading, leading[1:], strict=False))

@@ -12,6 +12,7 @@ from imbalance_kernels.options import SigmoidOptions, SoftmaxOptions
 
 __all__ = [
     "LossArguments",
+    "MultilabelArguments",
     "SigmoidArguments",
     "SplitArguments",
     "loss_arguments",
@@ -89,19 +90,31 @@ class SigmoidArguments(NamedTuple):
     reduction: str
 
 
+class MultilabelArguments(NamedTuple):
+    """What a multi-label softmax is made of, as the schemas have it after the logits."""
+
+    target: Tensor
+    bias: Tensor | None
+    sample_weight: Tensor | None
+    normalizer: Tensor | None
+    ignore_index: int
+    reduction: str
+
+
 def sigmoid_arguments(
     target: Tensor, options: SigmoidOptions, sample_weight: Tensor | None, normalizer: Tensor | None
 ) -> SigmoidArguments:
     """Return the arguments of a sigmoid loss."""
     weights = (options.positive_weight, options.negative_weight)
     positive, negative = (1.0 if isinstance(weight, Tensor) else float(weight) for weight in weights)
-    vectors = (weight if isinstance(weight, Tensor) else None for weight in weights)
+    positive_weight, negative_weight = (weight if isinstance(weight, Tensor) else None for weight in weights)
     return SigmoidArguments(
         target,
         *objective_arguments(options.objective),
         positive,
         negative,
-        *vectors,
+        positive_weight,
+        negative_weight,
         options.bias,
         sample_weight,
         normalizer,

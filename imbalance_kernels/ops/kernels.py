@@ -17,7 +17,16 @@ from torch import Tensor
 from imbalance_kernels import implementation  # loads the extension, which registers its operations
 from imbalance_kernels.options import accumulate_dtype
 
-__all__ = ["LOSS_SCHEMA", "SCHEMAS", "SIGMOID_SCHEMA", "SPLIT_BACKWARD_SCHEMA", "SPLIT_SCHEMA", "kernels"]
+__all__ = [
+    "COLUMN_SUMS_SCHEMA",
+    "LOSS_SCHEMA",
+    "MULTILABEL_SCHEMA",
+    "SCHEMAS",
+    "SIGMOID_SCHEMA",
+    "SPLIT_BACKWARD_SCHEMA",
+    "SPLIT_SCHEMA",
+    "kernels",
+]
 
 SPLIT_SCHEMA = (
     "Tensor target, float scale, Tensor? factor, Tensor? bias, float? softcap, str margin_kind, "
@@ -32,6 +41,10 @@ SIGMOID_SCHEMA = (
     "float negative, Tensor? positive_weight, Tensor? negative_weight, Tensor? bias, Tensor? sample_weight, "
     "Tensor? normalizer, int ignore_index, str reduction"
 )
+MULTILABEL_SCHEMA = (
+    "Tensor target, Tensor? bias, Tensor? sample_weight, Tensor? normalizer, int ignore_index, str reduction"
+)
+COLUMN_SUMS_SCHEMA = "Tensor target, Tensor? sample_weight, int ignore_index"
 SPLIT_BACKWARD_SCHEMA = "Tensor rest, Tensor shift, Tensor d_target, Tensor d_rest, Tensor d_weighted_logits"
 
 SCHEMAS = {
@@ -45,6 +58,18 @@ SCHEMAS = {
     "sigmoid_loss_": f"(Tensor(a!) logits, {SIGMOID_SCHEMA}) -> Tensor loss",
     "sigmoid_loss_backward": f"(Tensor logits, {SIGMOID_SCHEMA}, Tensor upstream) -> Tensor d_logits",
     "sigmoid_loss_backward_": f"(Tensor(a!) logits, {SIGMOID_SCHEMA}, Tensor upstream) -> ()",
+    "multilabel_softmax": (
+        f"(Tensor logits, {MULTILABEL_SCHEMA}, bool with_gradient) -> (Tensor loss, Tensor d_logits)"
+    ),
+    "multilabel_softmax_": f"(Tensor(a!) logits, {MULTILABEL_SCHEMA}) -> Tensor loss",
+    "multilabel_softmax_backward": f"(Tensor logits, {MULTILABEL_SCHEMA}, Tensor upstream) -> Tensor d_logits",
+    "multilabel_softmax_backward_": f"(Tensor(a!) logits, {MULTILABEL_SCHEMA}, Tensor upstream) -> ()",
+    "column_sums": (
+        f"(Tensor logits, {COLUMN_SUMS_SCHEMA}) -> (Tensor predicted, Tensor true_positives, Tensor positives)"
+    ),
+    "column_sums_backward": (
+        f"(Tensor logits, {COLUMN_SUMS_SCHEMA}, Tensor d_predicted, Tensor d_true_positives) -> Tensor d_logits"
+    ),
     "scale_": "(Tensor(a!) gradient, Tensor factor) -> ()",
     "target_and_rest": (
         f"(Tensor logits, {SPLIT_SCHEMA}) -> "
@@ -67,7 +92,8 @@ def kernels(impl: str) -> Any:
 
 
 def _launcher(name: str) -> Callable[..., Any]:
-    module = next((stem for stem in ("target_and_rest", "sigmoid_loss") if name.startswith(stem)), "softmax_loss")
+    stems = ("target_and_rest", "sigmoid_loss", "multilabel_softmax", "column_sums")
+    module = next((stem for stem in stems if name.startswith(stem)), "softmax_loss")
 
     def launch(*arguments: Any) -> Any:
         return getattr(importlib.import_module(f"imbalance_kernels.triton_kernels.{module}"), name)(*arguments)
@@ -75,9 +101,14 @@ def _launcher(name: str) -> Callable[..., Any]:
     return launch
 
 
+def _num_rows(logits: Tensor) -> int:
+    return logits.shape[0] if logits.dim() == 2 else logits.shape[0] * logits.shape[2]
+
+
 def _fake_softmax_loss(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     *_, reduction, _, with_gradient = options
-    loss = logits.new_empty(logits.shape[:1] if reduction == "none" else (), dtype=accumulate_dtype(logits.dtype))
+    shape = (_num_rows(logits),) if reduction == "none" else ()
+    loss = logits.new_empty(shape, dtype=accumulate_dtype(logits.dtype))
     return loss, logits.new_empty(logits.shape if with_gradient else (0,))
 
 
@@ -85,6 +116,16 @@ def _fake_sigmoid_loss(logits: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     *_, reduction, with_gradient = options
     loss = logits.new_empty(logits.shape if reduction == "none" else (), dtype=accumulate_dtype(logits.dtype))
     return loss, logits.new_empty(logits.shape if with_gradient else (0,))
+
+
+def _fake_multilabel_softmax(logits: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    *_, reduction, with_gradient = options
+    loss = logits.new_empty(logits.shape[:1] if reduction == "none" else (), dtype=accumulate_dtype(logits.dtype))
+    return loss, logits.new_empty(logits.shape if with_gradient else (0,))
+
+
+def _fake_column_sums(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return tuple(logits.new_empty((logits.shape[1],), dtype=accumulate_dtype(logits.dtype)) for _ in range(3))
 
 
 def _fake_target_and_rest(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, ...]:
@@ -111,6 +152,12 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "sigmoid_loss_": lambda logits, *_: logits.new_empty((), dtype=accumulate_dtype(logits.dtype)),
     "sigmoid_loss_backward": _fake_gradient,
     "sigmoid_loss_backward_": _fake_nothing,
+    "multilabel_softmax": _fake_multilabel_softmax,
+    "multilabel_softmax_": lambda logits, *_: logits.new_empty((), dtype=accumulate_dtype(logits.dtype)),
+    "multilabel_softmax_backward": _fake_gradient,
+    "multilabel_softmax_backward_": _fake_nothing,
+    "column_sums": _fake_column_sums,
+    "column_sums_backward": _fake_gradient,
     "scale_": _fake_nothing,
     "target_and_rest": _fake_target_and_rest,
     "target_and_rest_backward": _fake_gradient,

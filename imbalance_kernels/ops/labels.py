@@ -8,16 +8,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from imbalance_kernels.ops.checks import (
-    check_class_vector,
-    check_input,
-    check_reduction,
-    is_view,
-    may_read_values,
-)
+from imbalance_kernels.ops import layout
+from imbalance_kernels.ops.checks import check_class_vector, check_input, check_reduction, may_read_values
 from imbalance_kernels.options import SigmoidOptions, accumulate_dtype
 
-__all__ = ["Labels", "as_labels", "check_label_range", "check_label_weights", "check_sigmoid_options"]
+__all__ = [
+    "Labels",
+    "as_labels",
+    "check_label_range",
+    "check_label_weights",
+    "check_row_weights",
+    "check_sigmoid_options",
+]
 
 
 class Labels(NamedTuple):
@@ -36,29 +38,38 @@ class Labels(NamedTuple):
 
     def like_logits(self, tensor: Tensor) -> Tensor:
         """Return a tensor of the input's shape as kernels see the logits, contiguous."""
-        if self.logits.dim() == 2:
-            return tensor.movedim(self.class_dim, -1).reshape(self.logits.shape).contiguous()
-        return tensor.reshape(self.logits.shape).contiguous()
+        arrange = layout.as_rows if self.logits.dim() == 2 else layout.as_planes
+        return arrange(tensor, self.class_dim).contiguous()
 
     def like_input(self, tensor: Tensor) -> Tensor:
         """Return a tensor of the logits' shape as the input is."""
         if self.logits.dim() == 2:
             return tensor.reshape(*self.rows_shape, self.shape[self.class_dim]).movedim(-1, self.class_dim)
-        return tensor.reshape(self.shape)
+        images, num_classes, pixels = tensor.shape
+        if math.prod(self.shape[: self.class_dim]) == images:
+            return tensor.reshape(self.shape)
+        return tensor.reshape(num_classes, *self.rows_shape).movedim(0, self.class_dim)  # one image of all rows
 
 
-def as_labels(input: Tensor, target: Tensor, class_dim: int) -> Labels:
-    """Return input and target as kernels see them, without a copy of the input where its layout allows it."""
-    class_dim = check_input(input, target, class_dim) % input.dim()
-    logits, owned = _layout(input, class_dim)
+def as_labels(input: Tensor, target: Tensor, class_dim: int, planes: bool = True) -> Labels:
+    """Return input and target as kernels see them, without a copy of the input where its layout allows it.
+
+    Without `planes` they are rows: images with classes first are copied.
+    """
+    class_dim = check_input(input, target, class_dim)
+    are_rows = layout.are_rows(input.movedim(class_dim, -1))
+    are_planes = planes and not are_rows and layout.are_planes(input, class_dim)
+    logits = (layout.as_planes if are_planes else layout.as_rows)(input, class_dim)
+    owned = not are_planes and not are_rows
+    logits = logits.contiguous() if owned else logits
     labels = Labels(logits, target, input.shape, class_dim, owned)
     rows, num_classes = labels.rows_shape, input.shape[class_dim]
     num_rows = math.prod(rows)
     if target.is_floating_point() or target.dtype == torch.bool:
         if target.shape != input.shape:
             raise ValueError(
-                f"target holds dense labels ({target.dtype}) of shape {tuple(target.shape)}, but they must have input's "
-                f"shape {tuple(input.shape)}; class labels are int64 or int32"
+                f"target holds dense labels ({target.dtype}) of shape {tuple(target.shape)}, but they must have "
+                f"input's shape {tuple(input.shape)}; class labels are int64 or int32"
             )
         if target.requires_grad:
             raise ValueError("target requires grad, but labels are constants: pass target.detach()")
@@ -81,31 +92,13 @@ def as_labels(input: Tensor, target: Tensor, class_dim: int) -> Labels:
     if target.dim() == len(rows) + 1 and target.shape[:-1] == rows:
         return labels._replace(target=target.reshape(num_rows, target.shape[-1]).to(torch.int64).contiguous())
     message = (
-        f"target has shape {tuple(target.shape)}, but with input {tuple(input.shape)} and class_dim={class_dim} it must "
-        f"be class labels {tuple(rows)}, lists of classes {(*rows, 'K')}, or dense labels {tuple(input.shape)} in "
-        "floating point or bool"
+        f"target has shape {tuple(target.shape)}, but with input {tuple(input.shape)} and class_dim={class_dim} it "
+        f"must be class labels {tuple(rows)}, lists of classes {(*rows, 'K')}, or dense labels {tuple(input.shape)} "
+        "in floating point or bool"
     )
     if target.shape == input.shape[:-1]:
         message += f"; if the {num_classes} classes are the last dimension, pass class_dim=-1"
     raise ValueError(message.replace("'K'", "K"))
-
-
-def _layout(input: Tensor, class_dim: int) -> tuple[Tensor, bool]:
-    """Return input as (N, C) or (B, C, P), and whether that is a copy."""
-    num_classes = input.shape[class_dim]
-    classes_last = input.movedim(class_dim, -1)
-    leading, trailing = math.prod(input.shape[:class_dim]), math.prod(input.shape[class_dim + 1 :])
-    if num_classes == 1 or classes_last.stride(-1) == 1 or trailing == 1:
-        rows = classes_last.reshape(leading * trailing, num_classes)
-        if (num_classes == 1 or rows.stride(1) == 1) and is_view(classes_last, rows):
-            return rows, False
-    if trailing > 1 or class_dim < input.dim() - 1:
-        images = input.reshape(leading, num_classes, trailing)
-        if trailing > 1 and images.stride(2) != 1:
-            images = images.contiguous()
-        return images, not is_view(input, images)
-    rows = classes_last.reshape(leading, num_classes).contiguous()
-    return rows, not is_view(classes_last, rows)
 
 
 def check_sigmoid_options(options: SigmoidOptions, num_classes: int) -> None:
@@ -154,3 +147,13 @@ def check_label_weights(labels: Labels, sample_weight: Tensor | None) -> Tensor 
             f"input's {tuple(labels.shape)}"
         )
     return weight.reshape(-1).contiguous()
+
+
+def check_row_weights(labels: Labels, sample_weight: Tensor | None) -> Tensor | None:
+    """Return sample_weight (N,) in the accumulation dtype, of an operation that weights rows alone."""
+    if sample_weight is not None and sample_weight.shape != labels.rows_shape:
+        raise ValueError(
+            f"sample_weight has shape {tuple(sample_weight.shape)}, but it must be one number for each row, "
+            f"{tuple(labels.rows_shape)}"
+        )
+    return check_label_weights(labels, sample_weight)

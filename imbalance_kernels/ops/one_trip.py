@@ -10,35 +10,50 @@ once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from imbalance_kernels.differentiation import anchor, graph_is_kept, once_differentiable
-from imbalance_kernels.ops.kernel_arguments import LossArguments, SigmoidArguments, loss_arguments, sigmoid_arguments
+from imbalance_kernels.ops.kernel_arguments import (
+    LossArguments,
+    MultilabelArguments,
+    SigmoidArguments,
+    loss_arguments,
+    sigmoid_arguments,
+)
 from imbalance_kernels.ops.kernels import kernels
-from imbalance_kernels.options import SigmoidOptions, SoftmaxOptions
+from imbalance_kernels.options import MultilabelOptions, SigmoidOptions, SoftmaxOptions
 
 __all__ = ["kernel_loss"]
 
+Options = SoftmaxOptions | SigmoidOptions | MultilabelOptions
+FAMILIES: dict[type, str] = {
+    SoftmaxOptions: "softmax_loss",
+    SigmoidOptions: "sigmoid_loss",
+    MultilabelOptions: "multilabel_softmax",
+}
 
-def operation(impl: str, options: SoftmaxOptions | SigmoidOptions, form: str = "") -> Callable[..., Any]:
+
+def operation(impl: str, options: Options, form: str = "") -> Callable[..., Any]:
     """Return the family's operation of an implementation: "", "_", "_backward" or "_backward_"."""
-    family = "softmax_loss" if isinstance(options, SoftmaxOptions) else "sigmoid_loss"
-    return getattr(kernels(impl), family + form)  # type: ignore[no-any-return]
+    return getattr(kernels(impl), FAMILIES[type(options)] + form)
 
 
 def arguments_of(
     target: Tensor,
-    options: SoftmaxOptions | SigmoidOptions,
+    options: Options,
     sample_weight: Tensor | None,
     normalizer: Tensor | None,
-) -> LossArguments | SigmoidArguments:
+) -> LossArguments | SigmoidArguments | MultilabelArguments:
     """Return what the operation takes after the logits."""
     if isinstance(options, SoftmaxOptions):
         return loss_arguments(target, options, sample_weight, normalizer)
+    if isinstance(options, MultilabelOptions):
+        of_rows = (options.bias, sample_weight, normalizer)
+        return MultilabelArguments(target, *of_rows, options.ignore_index, options.reduction)
     return sigmoid_arguments(target, options, sample_weight, normalizer)
 
 
@@ -53,7 +68,7 @@ class _LossAndGradient(torch.autograd.Function):
         target: Tensor,
         sample_weight: Tensor | None,
         normalizer: Tensor | None,
-        options: SoftmaxOptions | SigmoidOptions,
+        options: Options,
         impl: str,
     ) -> Tensor:
         arguments = arguments_of(target, options, sample_weight, normalizer)
@@ -74,7 +89,8 @@ class _LossAndGradient(torch.autograd.Function):
         if torch.compiler.is_compiling() or graph_is_kept():
             d_logits = d_logits * d_loss
         else:
-            _scale(d_logits, d_loss, ctx.impl)
+            for rows in _unscaled_rows(d_logits):
+                kernels(ctx.impl).scale_(rows, d_loss)
             d_logits = d_logits.detach()  # a tensor of its own, which .grad can take without a copy
         return d_logits, None, None, None, None, None, None  # anchor, target, sample_weight, normalizer, options, impl
 
@@ -89,7 +105,7 @@ class _LossThenGradient(torch.autograd.Function):
         target: Tensor,
         sample_weight: Tensor | None,
         normalizer: Tensor | None,
-        options: SoftmaxOptions | SigmoidOptions,
+        options: Options,
         impl: str,
     ) -> Tensor:
         ctx.save_for_backward(logits, target, sample_weight, normalizer, *options.class_vectors())
@@ -112,14 +128,13 @@ class _LossThenGradient(torch.autograd.Function):
         return d_logits, None, None, None, None, None  # target, sample_weight, normalizer, options, impl
 
 
-def _scale(gradient: Tensor, factor: Tensor, impl: str) -> None:
-    """Multiply a gradient by a factor of one number, without a kernel's work where that is one."""
-    if gradient.dim() == 2:
-        kernels(impl).scale_(gradient, factor)
-    elif gradient.is_contiguous():
-        kernels(impl).scale_(gradient.view(-1, gradient.shape[-1]), factor)
-    else:
-        gradient.mul_(factor)
+def _unscaled_rows(d_logits: Tensor) -> Sequence[Tensor]:
+    """Return a gradient as matrices with a last stride of 1, which is what `scale_` takes."""
+    if d_logits.dim() == 2:
+        return (d_logits,)
+    if d_logits.stride(0) == d_logits.shape[1] * d_logits.stride(1):
+        return (d_logits.view(-1, d_logits.shape[2]),)
+    return d_logits.unbind(0)
 
 
 def kernel_loss(
@@ -127,13 +142,13 @@ def kernel_loss(
     target: Tensor,
     sample_weight: Tensor | None,
     normalizer: Tensor | None,  # ()
-    options: SoftmaxOptions | SigmoidOptions,
+    options: Options,
     impl: str,
 ) -> Tensor:
     """Return the loss of `options` by an implementation's kernels, differentiable where the logits are."""
     if not (torch.is_grad_enabled() and logits.requires_grad):
         arguments = arguments_of(target, options, sample_weight, normalizer)
-        return operation(impl, options)(logits, *arguments, False)[0]  # type: ignore[no-any-return]
+        return operation(impl, options)(logits, *arguments, False)[0]
     if options.reduction == "none" or logits.dtype == torch.float16:
-        return _LossThenGradient.apply(logits, target, sample_weight, normalizer, options, impl)  # type: ignore[no-any-return]
-    return _LossAndGradient.apply(logits, anchor(logits), target, sample_weight, normalizer, options, impl)  # type: ignore[no-any-return]
+        return _LossThenGradient.apply(logits, target, sample_weight, normalizer, options, impl)
+    return _LossAndGradient.apply(logits, anchor(logits), target, sample_weight, normalizer, options, impl)

@@ -1,4 +1,8 @@
-"""softmax_loss: value and gradient of any softmax-family loss in one trip over the logits (one_trip.py)."""
+"""softmax_loss: value and gradient of any softmax-family loss in one trip over the logits (one_trip.py).
+
+Channels-first logits (N, C, d1, ...) are read and written where they are, as B images of P pixels (B, C, P), each pixel
+a row.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +19,11 @@ from imbalance_kernels.ops.checks import (
     as_rows,
     check_cosines,
     check_inplace,
+    check_input,
     check_options,
     check_range,
     check_row_tensors,
+    check_target,
 )
 from imbalance_kernels.ops.one_trip import kernel_loss
 from imbalance_kernels.options import SoftmaxOptions, accumulate_dtype
@@ -31,15 +37,21 @@ def prepare(
     options: SoftmaxOptions,
     class_dim: int,
     impl: str | None,
+    planes: bool = False,
 ) -> tuple[Rows, SoftmaxOptions, str]:
-    """Check the arguments of a loss; return its rows, its options on their device, and the implementation."""
-    rows = as_rows(input, target, class_dim)
-    check_options(options, rows.logits.shape[1], target)
+    """Check the arguments of a loss; return its rows, its options on their device, and the implementation.
+
+    With `planes` the logits may be channels-first.
+    """
+    dimension = check_input(input, target, class_dim)
+    check_target(input, target, dimension)
+    check_options(options, input.shape[dimension], target)
     chosen = choose(impl, input)
+    rows = as_rows(input, target, dimension, planes)
     if options.inplace:
         check_inplace(input, rows, class_dim)
     if chosen != "cpu":
-        check_range(rows, options, rows.logits.shape[1])
+        check_range(rows, options, input.shape[dimension])
     if options.logit_map.cosines:
         check_cosines(rows, options)
     options = options.to(input.device, accumulate_dtype(input.dtype))
@@ -59,7 +71,7 @@ def softmax_loss(
     impl: str | None = None,
 ) -> Tensor:
     """Return the loss of `options`; the public form is imbalance_kernels.functional.softmax_loss."""
-    rows, options, impl = prepare(input, target, options, class_dim, impl)
+    rows, options, impl = prepare(input, target, options, class_dim, impl, planes=True)
     sample_weight, normalizer = check_row_tensors(options, rows, sample_weight, normalizer)
     logits, target = rows.logits, rows.target
     needs_grad = torch.is_grad_enabled() and logits.requires_grad

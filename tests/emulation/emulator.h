@@ -610,9 +610,10 @@ inline cudaError_t run(const Shape& shape, void (*body)(const void*), const void
   return cudaSuccess;
 }
 
-inline void check_alignment(const void* p, Operation operation, const Site& site) {
-  if (reinterpret_cast<std::uintptr_t>(p) % kVectorBytes != 0) {
-    fail(operation, site, "address %p is not aligned to 16 bytes", p);
+template <class Vector>
+void check_alignment(const Vector* p, Operation operation, const Site& site) {
+  if (reinterpret_cast<std::uintptr_t>(p) % sizeof(Vector) != 0) {
+    fail(operation, site, "address %p is not aligned to %zu bytes", static_cast<const void*>(p), sizeof(Vector));
   }
 }
 
@@ -660,13 +661,20 @@ T* remote(T* p, unsigned rank, emulation::Site site = emulation::Site::current()
   fail(operation, site, "%p is not in the shared memory of this block", static_cast<const void*>(p));
 }
 
-inline uint4 load_streaming(const uint4* p, emulation::Site site = emulation::Site::current()) {
+template <class Vector>
+Vector load_streaming(const Vector* p, emulation::Site site = emulation::Site::current()) {
   emulation::check_alignment(p, emulation::Operation::load_streaming, site);
   return *p;
 }
-inline void store_streaming(uint4* p, uint4 x, emulation::Site site = emulation::Site::current()) {
+template <class Vector>
+void store_streaming(Vector* p, Vector x, emulation::Site site = emulation::Site::current()) {
   emulation::check_alignment(p, emulation::Operation::store_streaming, site);
   *p = x;
+}
+
+template <class T>
+T load_constant(const T* p) {
+  return *p;
 }
 
 // Off by up to `most` units in the last place, like the device's, so that nothing relies on more.

@@ -83,6 +83,9 @@ enum Option : unsigned {
   kGradientStrided = 1 << 21,   // by one number more than the logits
   kGradientOffset = 1 << 22,
   kHigh = 1 << 23,  // logits far from 0
+  // Of channels-first logits, and of their gradient: images are one number further apart than their classes take.
+  kImagesApart = 1 << 24,
+  kGradientImagesApart = 1 << 25,
 };
 
 // With little shared memory for the bias even short rows need clusters, or have none that is large enough.
@@ -100,6 +103,7 @@ struct Case {
   int offset = 0;  // numbers before the first row
   Device device = kHopper;
   Dtype dtype = Dtype::float32;
+  int pixels = 0;  // of an image, channels-first; rows are those of all images, and the gap is between classes
 
   bool has(unsigned any) const { return (options & any) != 0; }
 };
@@ -179,6 +183,51 @@ constexpr Case kCases[] = {
     {"sweeps_bfloat16", 3, 34000, 1, kBias, 0, 0, kAmpere, Dtype::bfloat16},
     {"sweeps_float64", 5, 2001, 1, kEverything, 0, 0, kHopper, Dtype::float64},
     {"sweeps_float64_short", 5, 10, 1, kProbabilities, 0, 0, kHopper, Dtype::float64},
+
+    // rows_in_planes, of 1 to 16 threads a pixel
+    {"planes_1", 1200, 5, 1, 0, 0, 0, kHopper, Dtype::float32, 600},
+    {"planes_1_one_class", 12, 1, 1, kBare, 0, 0, kHopper, Dtype::float32, 4},
+    {"planes_1_one_pixel", 300, 5, 1, kScale, 0, 0, kHopper, Dtype::float32, 1},
+    {"planes_1_mean", 14, 12, 1, kMean | kMasks, 0, 0, kHopper, Dtype::float32, 7},
+    {"planes_2", 600, 19, 1, kBias | kMasks, 0, 0, kHopper, Dtype::float32, 200},
+    {"planes_2_in_place", 600, 21, 1, kInPlace, 4, 0, kHopper, Dtype::float32, 200},
+    {"planes_2_odd", 603, 21, 1, kScale | kBias | kInPlace, 1, 1, kHopper, Dtype::float32, 201},
+    {"planes_4_everything", 200, 40, 1, kEverything | kInPlace, 0, 4, kHopper, Dtype::float32, 100},
+    {"planes_4_losses", 150, 30, 1, kLosses | kBias | kZLoss, 0, 0, kHopper, Dtype::float32, 50},
+    {"planes_8_circle", 30, 96, 1, kCircle | kScale | kMasks | kZLoss, 0, 0, kHopper, Dtype::float32, 15},
+    {"planes_8_margin", 40, 61, 1, kFactor | kSoftcap | kMargin | kUnalignedVectors, 0, 0, kHopper, Dtype::float32, 8},
+    {"planes_16", 136, 150, 1, kInPlace, 0, 0, kHopper, Dtype::float32, 68},
+    {"planes_16_probabilities", 24, 150, 1, kProbabilities | kWeights | kSmoothing | kMasks, 0, 0, kHopper,
+     Dtype::float32, 12},
+    {"planes_sweeps", 136, 400, 1, kInPlace, 0, 0, kHopper, Dtype::float32, 68},
+    {"planes_sweeps_odd", 27, 385, 1, kEverything | kInPlace, 2, 3, kHopper, Dtype::float32, 9},
+    {"planes_sweeps_losses", 24, 577, 1, kLosses | kWeights | kSmoothing, 0, 0, kHopper, Dtype::float32, 12},
+    {"planes_sweeps_probabilities", 8, 200, 1, kProbabilities | kInPlace, 0, 0, kHopper, Dtype::float32, 4},
+    {"planes_nothing", 24, 19, 1, kNothing, 0, 0, kHopper, Dtype::float32, 12},
+    {"planes_nothing_probable", 24, 19, 1, kNothing | kProbabilities, 0, 0, kHopper, Dtype::float32, 12},
+    {"planes_high", 36, 40, 1, kHigh, 0, 0, kHopper, Dtype::float32, 36},
+    {"planes_high_sweeps", 36, 230, 1, kHigh, 0, 0, kHopper, Dtype::float32, 18},
+    {"planes_far", 12, 20, 1, kFar, 0, 0, kHopper, Dtype::float32, 4},
+    {"planes_far_sweeps", 4, 200, 1, kFar | kInPlace, 0, 0, kHopper, Dtype::float32, 2},
+    {"planes_strided", 8, 20, 1, kLosses, 1, 0, kHopper, Dtype::float32, 4},
+    {"planes_images_apart", 8, 20, 1, kLosses | kImagesApart, 0, 0, kHopper, Dtype::float32, 4},
+    {"planes_offset", 8, 20, 1, kLosses | kScale, 0, 1, kHopper, Dtype::float32, 4},
+    {"planes_narrow", 12, 20, 1, kLosses, 2, 0, kHopper, Dtype::float32, 6},
+    {"planes_gradient_strided", 8, 20, 1, kGradientStrided, 0, 0, kHopper, Dtype::float32, 4},
+    {"planes_gradient_apart", 8, 20, 1, kGradientImagesApart, 0, 0, kHopper, Dtype::float32, 4},
+    {"planes_gradient_offset", 8, 20, 1, kGradientOffset, 0, 0, kHopper, Dtype::float32, 4},
+    {"planes_unaligned_probabilities", 8, 20, 1, kProbabilities | kUnalignedVectors, 0, 0, kHopper, Dtype::float32, 4},
+    {"planes_unaligned_wide", 8, 20, 1, kProbabilities | kWideProbabilities | kUnalignedVectors, 0, 0, kHopper,
+     Dtype::float32, 4},
+    {"planes_bfloat16", 600, 21, 1, kBias | kInPlace, 0, 0, kHopper, Dtype::bfloat16, 300},
+    {"planes_bfloat16_odd", 75, 33, 1, 0, 0, 3, kHopper, Dtype::bfloat16, 25},
+    {"planes_bfloat16_everything", 80, 150, 1, kEverything, 0, 4, kHopper, Dtype::bfloat16, 40},
+    {"planes_float16", 80, 400, 1, kInPlace, 0, 0, kHopper, Dtype::float16, 40},
+    {"planes_float16_odd", 77, 19, 1, kProbabilities | kSmoothing, 0, 0, kHopper, Dtype::float16, 11},
+    {"planes_float16_probabilities", 24, 19, 1, kProbabilities, 0, 0, kHopper, Dtype::float16, 12},
+    {"planes_wide_probabilities", 24, 19, 1, kProbabilities | kWideProbabilities, 0, 0, kHopper, Dtype::bfloat16, 8},
+    {"planes_float64", 40, 19, 1, kEverything, 0, 0, kHopper, Dtype::float64, 20},
+    {"planes_float64_odd", 35, 119, 1, kProbabilities, 0, 0, kHopper, Dtype::float64, 7},
 
     // rows_in_pieces
     {"pieces_1", 300, 16, 1, kSplit},
@@ -306,37 +355,57 @@ class Numbers {
   }
 };
 
-// Rows that may lie apart.
+// Rows that may lie apart; or channels-first, images and their classes that may.
 class Matrix {
  public:
-  explicit Matrix(const Case& c, int more_gap = 0, int more_offset = 0)
-      : rows_(c.rows), classes_(c.classes), stride_(c.has(kFar) ? (1 << 30) + 4 : c.classes + c.gap + more_gap) {
+  explicit Matrix(const Case& c, int more_gap = 0, int more_offset = 0, bool images_apart = false)
+      : rows_(c.rows),
+        classes_(c.classes),
+        pixels_(c.pixels),
+        class_stride_(c.pixels == 0 ? 1 : run(c, c.pixels) + more_gap),
+        stride_(c.pixels == 0 ? run(c, c.classes) + more_gap : c.classes * class_stride_ + images_apart) {
     const auto offset = static_cast<std::size_t>(c.offset + more_offset);
-    numbers_ = Numbers(c.dtype, at(rows_ - 1, classes_), offset, c.has(kFar));
+    numbers_ = Numbers(c.dtype, at(rows_ - 1, classes_ - 1) + 1, offset, c.has(kFar));
   }
 
   void* data() const { return numbers_.data(); }
   std::int64_t stride() const { return stride_; }
+  std::int64_t class_stride() const { return class_stride_; }
   double get(int row, int column) const { return numbers_[at(row, column)]; }
   void set(int row, int column, double x) { numbers_.set(at(row, column), x); }
 
   Bytes bytes() const {
     Bytes all;
     numbers_.check_untouched_before();
-    for (int row = 0; row < rows_; ++row) {
-      const Bytes more = numbers_.bytes(at(row, 0), at(row, classes_));
+    std::size_t end = 0;  // of the run before
+    const auto add = [&](std::size_t first, int count) {
+      const Bytes more = numbers_.bytes(first, first + static_cast<std::size_t>(count));
       all.insert(all.end(), more.begin(), more.end());
-      if (row > 0 && stride_ < 1 << 30) numbers_.check_untouched(at(row - 1, classes_), at(row, 0));
+      if (first - end < 1 << 20) numbers_.check_untouched(end, first);
+      end = first + static_cast<std::size_t>(count);
+    };
+    if (pixels_ == 0) {
+      for (int row = 0; row < rows_; ++row) add(at(row, 0), classes_);
+    } else {
+      for (int row = 0; row < rows_; row += pixels_) {
+        for (int j = 0; j < classes_; ++j) add(at(row, j), pixels_);
+      }
     }
     return all;
   }
 
  private:
-  int rows_, classes_;
-  std::int64_t stride_;
+  int rows_, classes_, pixels_;
+  std::int64_t class_stride_, stride_;
   Numbers numbers_;
 
-  std::size_t at(int row, int column) const { return static_cast<std::size_t>(row * stride_ + column); }
+  // From one run of so many neighbours to the next.
+  static std::int64_t run(const Case& c, int count) { return c.has(kFar) ? (1 << 30) + 4 : count + c.gap; }
+
+  std::size_t at(int row, int column) const {
+    const int image = pixels_ == 0 ? row : row / pixels_, pixel = pixels_ == 0 ? 0 : row % pixels_;
+    return static_cast<std::size_t>(image * stride_ + column * class_stride_ + pixel);
+  }
 };
 
 // Runs in every order, on 1 to 3 clusters at a time; `run` returns its results.
@@ -384,7 +453,8 @@ struct Problem {
   Numbers sample_weight, upstream, normalizer, divisor, d_target, d_rest, d_weighted;  // of rows, or one
   double scale = 1;
 
-  explicit Problem(const Case& of) : c(of), random(static_cast<unsigned>(of.classes + of.rows)), logits(of) {
+  explicit Problem(const Case& of)
+      : c(of), random(static_cast<unsigned>(of.classes + of.rows)), logits(of, 0, 0, of.has(kImagesApart)) {
     const auto rows = static_cast<std::size_t>(c.rows);
     std::normal_distribution<double> normal(0, c.has(kCircle) ? 0.3 : 3);
     for (int row = 0; row < c.rows; ++row) {
@@ -403,6 +473,11 @@ struct Problem {
     if (rows > 1) target[rows > 2] = kIgnored;
     if (rows > 3) target[3] = (std::int64_t{1} << 32) + c.classes / 2;  // no class
     target.shrink_to_fit();
+    for (int row = 0; c.pixels > 0 && row < c.rows; ++row) {  // they are read, but must not matter
+      if (!is_counted(row)) {
+        for (int j = 0; j < c.classes; ++j) logits.set(row, j, j % 3 == 0 ? INFINITY : NAN);
+      }
+    }
 
     if (c.has(kScale)) scale = c.has(kCircle) ? 4 : 0.7;
     if (c.has(kFactor)) factor = of_classes(0.5, 1.5);
@@ -430,6 +505,8 @@ struct Problem {
     a.classes = c.classes;
     a.logits = of.data();
     a.row_stride = of.stride();
+    a.pixels = c.pixels;
+    a.class_stride = of.class_stride();
     a.target = probabilities ? nullptr : target.data();
     a.probabilities = probabilities.data();
     a.probabilities_are_logits_dtype = !c.has(kWideProbabilities);
@@ -525,8 +602,18 @@ struct Problem {
     for (std::size_t i = 0; i < count; ++i) {
       const auto row = static_cast<int>(i) / c.classes, j = static_cast<int>(i) % c.classes;
       const bool masked = logits.get(row, j) == -INFINITY;  // then a probability would cost an infinite loss
-      probabilities.set(i, masked ? 0 : static_cast<double>(random() % 100) / (50 * c.classes));
+      probabilities.set(place_of_probability(row, j),
+                        masked ? 0 : static_cast<double>(random() % 100) / (50 * c.classes));
     }
+  }
+  std::size_t place_of_probability(int row, int j) const {
+    const int image = c.pixels == 0 ? row : row / c.pixels, pixel = c.pixels == 0 ? 0 : row % c.pixels;
+    const int step = c.pixels == 0 ? 1 : c.pixels;
+    return static_cast<std::size_t>((image * c.classes + j) * step + pixel);
+  }
+  bool is_counted(int row) const {
+    const std::int64_t label = target[static_cast<std::size_t>(row)];
+    return !c.has(kNothing) && (c.has(kProbabilities) || (label >= 0 && label < c.classes));
   }
   double epsilon() const { return c.has(kSmoothing) ? kEpsilon : 0; }
 
@@ -565,7 +652,7 @@ struct Problem {
   double weight(int row, int j, bool masked) const {
     const double even = masked ? 0 : 1, of_class = class_weight ? class_weight[static_cast<std::size_t>(j)] : 1;
     if (probabilities) {
-      const double probability = probabilities[static_cast<std::size_t>(row * c.classes + j)];
+      const double probability = probabilities[place_of_probability(row, j)];
       return of_class * ((1 - epsilon()) * probability + even * epsilon() / c.classes);
     }
     return c.has(kSmoothing) ? of_class * even : 0;
@@ -628,7 +715,7 @@ void copy(const Matrix& from, const Case& c, Matrix* to) {
 
 Bytes run_loss(const Problem& problem) {
   const Case& c = problem.c;
-  Matrix d_logits(c, c.has(kGradientStrided), c.has(kGradientOffset));
+  Matrix d_logits(c, c.has(kGradientStrided), c.has(kGradientOffset), c.has(kGradientImagesApart));
   if (c.has(kInPlace)) copy(problem.logits, c, &d_logits);
   std::vector<std::pair<const char*, Numbers>> vectors;
   vectors.emplace_back("loss", Numbers(wide(c.dtype), static_cast<std::size_t>(c.rows)));
@@ -647,6 +734,7 @@ Bytes run_loss(const Problem& problem) {
   a.losses = vectors[0].second.data();
   a.d_logits = c.has(kLosses) ? nullptr : d_logits.data();
   a.gradient_stride = c.has(kLosses) ? 0 : d_logits.stride();
+  a.gradient_class_stride = c.has(kLosses) ? 0 : d_logits.class_stride();
   check(loss_rows(a, c.rows, nullptr));
   check_cluster(c);
 
@@ -781,10 +869,11 @@ void run_weight_sums(int rows, bool with_targets, bool with_class_weights, bool 
 }
 
 // All clusters work on as many rows, as few at a time as they then can be.
-void run_rounds(int rows, int classes, int resident, unsigned blocks, const Device& device) {
+void run_rounds(int rows, int classes, int resident, unsigned blocks, const Device& device, int pixels = 0) {
   emulated_device = device;
   emulated_resident_clusters = resident;
-  const Case c{"", rows, classes, 1};
+  Case c{"", rows, classes, 1};
+  c.pixels = pixels;
   run_loss(Problem(c));
   if (gridDim.x != blocks) wrong("%u blocks for %d rows, where %d fit", gridDim.x, rows, resident);
 }
@@ -794,6 +883,7 @@ struct Function {
   void (*run)();
 };
 constexpr Function kFunctions[] = {
+    {"rounds_of_planes", [] { run_rounds(256, 385, 3, 1, kLittleCache, 128); }},
     {"rounds_of_some", [] { run_rounds(4, 2000, 3, 2, kHopper); }},
     {"rounds_of_all", [] { run_rounds(5, 2000, 3, 3, kHopper); }},
     {"rounds_of_few", [] { run_rounds(5, 2000, 7, 5, kHopper); }},

@@ -1,0 +1,59 @@
+// What bindings.cpp hands to the kernels of multilabel_softmax and column_sums, of either device.
+#pragma once
+
+#include "arguments.h"
+
+namespace imbalance {
+
+// Logits are rows (N, C). Of labels, lists and dense there is one, as in SigmoidArguments.
+struct MultilabelArguments {
+  Dtype dtype;           // of logits and of their gradient
+  std::int64_t rows;     // N
+  std::int64_t classes;  // C
+  const void* logits;
+  std::int64_t row_stride;
+
+  const std::int64_t* labels;
+  const std::int64_t* lists;
+  std::int64_t list_length;
+  const void* dense;
+  LabelType label_type;
+  std::int64_t ignore_index;
+
+  const void* bias;           // (C,) or null
+  const void* sample_weight;  // (N,) or null
+
+  const void* upstream;  // gradient of the losses, (N,); null: one
+  void* losses;          // (N,), not divided; null: the gradient alone
+  void* d_logits;        // (N, C), may be the logits themselves; null for the losses alone
+  std::int64_t gradient_stride;
+};
+
+// Logits and labels are laid out as those of SigmoidArguments.
+struct ColumnSumsArguments {
+  Dtype dtype;
+  std::int64_t images;
+  std::int64_t classes;
+  std::int64_t pixels;
+  const void* logits;
+  std::int64_t image_stride;
+  std::int64_t class_stride;
+
+  const std::int64_t* labels;
+  const std::int64_t* lists;
+  std::int64_t list_length;
+  const void* dense;
+  LabelType label_type;
+  std::int64_t ignore_index;
+
+  const void* sample_weight;  // (N,) or null
+
+  // For the gradient alone.
+  const void* d_predicted;       // (C,)
+  const void* d_true_positives;  // (C,)
+  void* d_logits;                // the logits' shape, contiguous
+
+  std::int64_t rows() const { return images * (pixels == 0 ? 1 : pixels); }
+};
+
+}  // namespace imbalance
