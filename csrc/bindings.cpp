@@ -16,6 +16,7 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -29,6 +30,7 @@
 #include "cpu/softmax_loss.h"
 
 #if defined(IMBALANCE_WITH_CUDA)
+#include "cuda/sigmoid_loss.h"
 #include "cuda/softmax_loss.h"
 #endif
 
@@ -786,8 +788,49 @@ struct Cuda {
     return reduced && !upstream ? sum(losses, loss) : losses;
   }
 
-  static Tensor sigmoid_loss(const Tensor& logits, const Tensor&, const OptionalTensor&, SIGMOID_PARAMETERS) {
-    TORCH_CHECK_NOT_IMPLEMENTED(false, "sigmoid_loss has no CUDA kernel");
+  // How many logits a mean over labels counts.
+  static Tensor label_count(const Tensor& logits, const SigmoidArguments& call) {
+    const Tensor counts = empty_result(logits, {call.rows() == 0 ? 0 : cuda::partial_sums(call.rows())});
+    check_launch(cuda::label_counts(call, counts.mutable_data_ptr(), current_stream()));
+    return counts.numel() == 1 ? counts : sum(counts, {});
+  }
+
+  // With an upstream gradient there is no loss, which is then known already.
+  static Tensor sigmoid_loss(const Tensor& logits, const Tensor& d_logits, const OptionalTensor& upstream,
+                             SIGMOID_PARAMETERS) {
+    const c10::DeviceGuard guard(logits.device());
+    Labelled labelled(logits, d_logits, SIGMOID_NAMES);
+    const bool reduced = reduction != "none";
+    cuda::SigmoidLossArguments loss{
+        labelled.arguments, nullptr, labelled.scalar("normalizer", normalizer), nullptr, 1, nullptr};
+    Tensor losses, sums, divisor;
+    if (upstream && reduced) loss.upstream = labelled.scalar("upstream", upstream);
+    if (upstream && !reduced) loss.call.upstream = labelled.of_logits("upstream", *upstream);
+    if (!upstream && !reduced) {
+      losses = empty_result(logits, logits.sizes());
+      loss.call.losses = losses.mutable_data_ptr();
+    }
+    if (reduction == "mean" && !normalizer) {
+      if (loss.call.labels) {
+        divisor = label_count(logits, loss.call);
+        loss.divisor = divisor.const_data_ptr();
+      } else {
+        loss.share = 1 / static_cast<double>(logits.numel());
+      }
+    }
+    if (!upstream && reduced) {
+      sums = empty_result(logits, {cuda::sigmoid_sums(loss.call)});
+      loss.sums = sums.mutable_data_ptr();
+    }
+    check_launch(cuda::sigmoid_loss(loss, current_stream()));
+    if (upstream || !reduced) return losses;
+    cuda::LossArguments by{};
+    by.normalizer = loss.normalizer;
+    by.divisor = loss.divisor;
+    if (logits.numel() == 0 && loss.divisor == nullptr && reduction == "mean" && !normalizer) {
+      return empty_result(logits, {}).fill_(std::numeric_limits<double>::quiet_NaN());
+    }
+    return sum(sums, by);
   }
 
   static Tensor multilabel_softmax(const Tensor&, const Tensor&, const OptionalTensor&, MULTILABEL_PARAMETERS) {

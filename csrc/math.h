@@ -29,6 +29,7 @@ struct PlainMath {
   static IMBALANCE_INLINE Number infinity() { return std::numeric_limits<Number>::infinity(); }
   static IMBALANCE_INLINE bool less(Number a, Number b) { return a < b; }
   static IMBALANCE_INLINE bool equal(Number a, Number b) { return a == b; }
+  static IMBALANCE_INLINE bool any(bool condition) { return condition; }
   static IMBALANCE_INLINE Number select(bool condition, Number a, Number b) { return condition ? a : b; }
   static IMBALANCE_INLINE Number minus_abs(Number x) { return -std::abs(x); }
   static IMBALANCE_INLINE Number exp_nonpositive(Number x) { return std::exp(x); }

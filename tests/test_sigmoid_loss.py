@@ -11,6 +11,9 @@ from test_softmax_loss import DTYPES, GRADIENT_TOLERANCE, VALUE_TOLERANCE
 
 from imbalance_kernels.binary_objectives import BINARY_REGISTRY
 from imbalance_kernels.functional import sigmoid_loss
+from imbalance_kernels.ops.kernel_arguments import sigmoid_arguments
+from imbalance_kernels.ops.kernels import kernels
+from imbalance_kernels.options import SigmoidOptions
 
 SHAPES = {
     (1, 1): "one logit",
@@ -300,7 +303,8 @@ def test_labels_out_of_range_raise(impl):
     ):
         if impl == "cuda":  # on a GPU nobody reads them but the kernels
             if target.dim() == 1:
-                loss = sigmoid_loss(x, target, reduction="none", impl=impl)
+                arguments = sigmoid_arguments(target, SigmoidOptions(reduction="none"), None, None)
+                loss, _ = kernels(impl).sigmoid_loss(x, *arguments, False)
                 assert loss.isnan().any(dim=1).tolist() == [False, True, False]
             continue
         with pytest.raises(IndexError, match=message):

@@ -8,6 +8,7 @@
 // One source for AVX-512, AVX2, SSE2 and NEON: sigmoid_loss_<instruction set>.cpp includes it.
 #pragma once
 
+#include "../sigmoid_objectives.h"
 #include "packs.h"
 #include "sigmoid_loss.h"
 
@@ -55,138 +56,6 @@ struct Block {
   T scale;              // of the gradient
   T* losses;            // null: their sum alone
   T* gradient;          // null: the losses alone
-};
-
-// ---------------------------------------------------------------- objectives: what a hard label costs, and a soft one
-
-// One of the registry. `parameter` is its first, which may differ from class to class.
-template <ObjectiveKind kind>
-struct OfRegistry {
-  double second;
-
-  template <class L>
-  IMBALANCE_INLINE ValueAndSlope<L> hard(const Truth<L>& t, typename L::Mask, L parameter) const {
-    return evaluate(kind, t, parameter, L(static_cast<typename L::Scalar>(second)));
-  }
-  template <class L>
-  IMBALANCE_INLINE Sides<L> soft(const Truth<L>& t, L y, L parameter) const {
-    if constexpr (kind == ObjectiveKind::focal) {
-      return focal_sides(t, y, parameter);
-    } else {
-      return mixed_sides(
-          t, [&](const Truth<L>& side) IMBALANCE_LAMBDA { return hard(side, typename L::Mask(), parameter); });
-    }
-  }
-};
-
-// The same with a power that is made of products.
-struct FocalOfProducts {
-  HalfExponent gamma;
-
-  template <class L>
-  IMBALANCE_INLINE ValueAndSlope<L> hard(const Truth<L>& t, typename L::Mask, L) const {
-    return focal(t, gamma);
-  }
-  template <class L>
-  IMBALANCE_INLINE Sides<L> soft(const Truth<L>& t, L y, L) const {
-    return focal_sides(t, y, gamma);
-  }
-};
-
-// Soft truncation with K = 1 is focal loss with gamma = 1, of hard labels and of what soft ones mix.
-struct SoftTruncationOfOne {
-  template <class L>
-  IMBALANCE_INLINE ValueAndSlope<L> hard(const Truth<L>& t, typename L::Mask, L) const {
-    return focal(t, HalfExponent{2});
-  }
-  template <class L>
-  IMBALANCE_INLINE Sides<L> soft(const Truth<L>& t, L, L) const {
-    return mixed_sides(t, [&](const Truth<L>& side) IMBALANCE_LAMBDA { return focal(side, HalfExponent{2}); });
-  }
-};
-
-struct PolyFocalOfProducts {
-  HalfExponent gamma;
-  double epsilon;
-
-  template <class L>
-  IMBALANCE_INLINE ValueAndSlope<L> hard(const Truth<L>& t, typename L::Mask, L) const {
-    return poly_focal(t, gamma, L(static_cast<typename L::Scalar>(epsilon)));
-  }
-  template <class L>
-  IMBALANCE_INLINE Sides<L> soft(const Truth<L>& t, L, L) const {
-    return mixed_sides(t, [&](const Truth<L>& side) IMBALANCE_LAMBDA { return hard(side, typename L::Mask(), L()); });
-  }
-};
-
-// An exponent that is no product, for every lane.
-template <class L>
-IMBALANCE_INLINE L exponent(double gamma) {
-  return L(static_cast<typename L::Scalar>(gamma));
-}
-template <class L>
-IMBALANCE_INLINE HalfExponent exponent(HalfExponent gamma) {
-  return gamma;
-}
-
-template <class Exponent>
-struct QualityFocal {
-  Exponent beta;
-
-  template <class L>
-  IMBALANCE_INLINE ValueAndSlope<L> hard(const Truth<L>& t, typename L::Mask, L) const {
-    return focal(t, exponent<L>(beta));
-  }
-  template <class L>
-  IMBALANCE_INLINE Sides<L> soft(const Truth<L>& t, L y, L) const {
-    return quality_focal_sides(t, y, exponent<L>(beta));
-  }
-};
-
-template <class Exponent>
-struct Varifocal {
-  Exponent gamma;
-  double alpha;
-
-  template <class L>
-  IMBALANCE_INLINE ValueAndSlope<L> hard(const Truth<L>& t, typename L::Mask positive, L) const {
-    using M = Math<L>;
-    const L weight(static_cast<typename L::Scalar>(alpha));
-    const ValueAndSlope<L> of_negative = focal(t, exponent<L>(gamma)), of_positive = cross_entropy(t);
-    return {M::select(positive, of_positive.value, weight * of_negative.value),
-            M::select(positive, of_positive.slope, weight * of_negative.slope)};
-  }
-  template <class L>
-  IMBALANCE_INLINE Sides<L> soft(const Truth<L>& t, L y, L) const {
-    return varifocal_sides(t, y, exponent<L>(gamma), L(static_cast<typename L::Scalar>(alpha)));
-  }
-};
-
-template <class Exponent>
-struct Asymmetric {
-  Exponent gamma_neg;
-  Exponent gamma_pos;
-  double clip;
-
-  template <class L>
-  IMBALANCE_INLINE ValueAndSlope<L> of_negative(const Truth<L>& t) const {
-    if (clip == 0) return focal(t, exponent<L>(gamma_neg));
-    return clipped_focal(t, exponent<L>(gamma_neg), L(static_cast<typename L::Scalar>(clip)));
-  }
-  template <class L>
-  IMBALANCE_INLINE ValueAndSlope<L> hard(const Truth<L>& t, typename L::Mask positive, L) const {
-    using M = Math<L>;
-    const ValueAndSlope<L> negative = of_negative(t);
-    if (!any_of(positive)) return negative;  // as in most packs
-    const ValueAndSlope<L> of_positive = focal(t, exponent<L>(gamma_pos));
-    return {M::select(positive, of_positive.value, negative.value),
-            M::select(positive, of_positive.slope, negative.slope)};
-  }
-  template <class L>
-  IMBALANCE_INLINE Sides<L> soft(const Truth<L>& t, L, L) const {
-    const ValueAndSlope<L> negative = of_negative(t.flipped());
-    return {focal(t, exponent<L>(gamma_pos)), {negative.value, -negative.slope}};
-  }
 };
 
 // ---------------------------------------------------------------- a block
@@ -248,53 +117,24 @@ struct BlockLoss {
   double (*soft)(const Block<T>&, const void* objective);
 };
 
-inline bool is_product(double exponent) {
-  return exponent * 2 == std::floor(exponent * 2) && exponent * 2 <= kMostHalves;
-}
-inline HalfExponent as_product(double exponent) { return {static_cast<int>(exponent * 2)}; }
-
-// run(objective) with the type that stands for the call's objective.
-template <class Run>
-void with_objective(const SigmoidArguments& call, const Run& run) {
-  const double first = call.objective_parameters[0], second = call.objective_parameters[1];
-  const bool products = !call.class_parameter && is_product(first);
-  switch (call.objective) {
-    case BinaryObjectiveKind::cross_entropy:
-      return run(OfRegistry<ObjectiveKind::cross_entropy>{0});
-    case BinaryObjectiveKind::focal:
-      if (products) return run(FocalOfProducts{as_product(first)});
-      return run(OfRegistry<ObjectiveKind::focal>{0});
-    case BinaryObjectiveKind::hard_truncation:
-      return run(OfRegistry<ObjectiveKind::hard_truncation>{0});
-    case BinaryObjectiveKind::soft_truncation:
-      if (first == 1) return run(SoftTruncationOfOne{});
-      return run(OfRegistry<ObjectiveKind::soft_truncation>{0});
-    case BinaryObjectiveKind::poly:
-      return run(OfRegistry<ObjectiveKind::poly>{0});
-    case BinaryObjectiveKind::poly_focal:
-      if (products) return run(PolyFocalOfProducts{as_product(first), second});
-      return run(OfRegistry<ObjectiveKind::poly_focal>{second});
-    case BinaryObjectiveKind::gce:
-      return run(OfRegistry<ObjectiveKind::gce>{second});
-    case BinaryObjectiveKind::smooth_accuracy:
-      return run(OfRegistry<ObjectiveKind::smooth_accuracy>{0});
-    case BinaryObjectiveKind::token_scaled:
-      return run(OfRegistry<ObjectiveKind::token_scaled>{0});
-    case BinaryObjectiveKind::quality_focal:
-      if (products) return run(QualityFocal<HalfExponent>{as_product(first)});
-      return run(QualityFocal<double>{first});
-    case BinaryObjectiveKind::varifocal:
-      if (products) return run(Varifocal<HalfExponent>{as_product(first), second});
-      return run(Varifocal<double>{first, second});
-    case BinaryObjectiveKind::asymmetric: {
-      const double clip = call.objective_parameters[2];
-      if (products && is_product(second)) {
-        return run(Asymmetric<HalfExponent>{as_product(first), as_product(second), clip});
-      }
-      return run(Asymmetric<double>{first, second, clip});
-    }
+// Exponents that are products have loops of their own.
+struct ProductExponents {
+  static IMBALANCE_INLINE bool is_product(double exponent) {
+    return exponent * 2 == std::floor(exponent * 2) && exponent * 2 <= kMostHalves;
   }
-}
+  static IMBALANCE_INLINE HalfExponent as_product(double exponent) { return {static_cast<int>(exponent * 2)}; }
+
+  template <class Body>
+  static IMBALANCE_INLINE void choose(double gamma, const Body& body) {
+    if (is_product(gamma)) return body(as_product(gamma));
+    return body(gamma);
+  }
+  template <class Body>
+  static IMBALANCE_INLINE void choose(double first, double second, const Body& body) {
+    if (is_product(first) && is_product(second)) return body(as_product(first), as_product(second));
+    return body(first, second);
+  }
+};
 
 // ---------------------------------------------------------------- tiles
 
@@ -546,7 +386,7 @@ class Tiles {
 
 template <class S, int Bytes>
 void sigmoid_tiles(const SigmoidLossArguments& arguments, int64_t first, int64_t last, void* scratch, double* sums) {
-  with_objective(arguments.call, [&](const auto& objective) {
+  with_objective<ProductExponents>(arguments.call, [&](const auto& objective) {
     using Objective = std::decay_t<decltype(objective)>;
     using T = typename AccumulateOf<S>::type;
     const BlockLoss<T> loss{block_loss<T, Bytes, Objective, false>, block_loss<T, Bytes, Objective, true>};

@@ -259,6 +259,7 @@ struct Math<cpu::Lanes<T, Bytes>> {
   static IMBALANCE_INLINE L infinity() { return L(std::numeric_limits<T>::infinity()); }
   static IMBALANCE_INLINE Mask less(L a, L b) { return a.v < b.v; }
   static IMBALANCE_INLINE Mask equal(L a, L b) { return a.v == b.v; }
+  static IMBALANCE_INLINE bool any(Mask condition) { return cpu::any_of(condition); }
   static IMBALANCE_INLINE L select(Mask condition, L a, L b) { return condition ? a.v : b.v; }
 
   static IMBALANCE_INLINE L minus_abs(L x) {

@@ -82,11 +82,29 @@ __device__ __forceinline__ float exp2_quick(float x) {
   return y;
 }
 
+// The base-2 logarithm, to 2^-22: absolutely between 1/2 and 2, relatively elsewhere. The reciprocal, to
+// one unit in the last place. What is below 2^-126 counts as 0.
+__device__ __forceinline__ float log2_quick(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float reciprocal_quick(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Makes the compiler forget what it knows of a register, or of memory. Between two passes over packed numbers it would
 // else keep them unpacked, and all their columns, in several times the registers.
 template <class Word>
 __device__ __forceinline__ void forget(Word& word) {
   asm volatile("" : "+r"(word));
+}
+// Of a pointer: it is then not computed anew wherever it is used.
+template <class T>
+__device__ __forceinline__ void forget(T*& pointer) {
+  asm volatile("" : "+l"(pointer));
 }
 __device__ __forceinline__ void forget_memory() { asm volatile("" ::: "memory"); }
 

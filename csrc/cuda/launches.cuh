@@ -1,9 +1,10 @@
-// How many threads and blocks a kernel is launched with.
+// How many threads and blocks a kernel is launched with, and for which type.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
+#include "../arguments.h"
 #include "row_reduce.cuh"
 
 namespace imbalance::cuda {
@@ -20,6 +21,22 @@ inline int lanes_for(int numbers, int per_lane, int most) {
 // Whole warps that share so many numbers.
 inline int threads_for(int numbers, int per_thread, int most) {
   return std::clamp(ceiling(ceiling(numbers, per_thread), kWarp) * kWarp, kWarp, most);
+}
+
+// f(S{}) for the storage type of a dtype.
+template <class Function>
+cudaError_t with_dtype(Dtype dtype, const Function& f) {
+  switch (dtype) {
+    case Dtype::float32:
+      return f(float{});
+    case Dtype::float64:
+      return f(double{});
+    case Dtype::bfloat16:
+      return f(BFloat16{});
+    case Dtype::float16:
+      return f(Float16{});
+  }
+  return cudaErrorInvalidValue;
 }
 
 constexpr cudaError_t kNoSuchCluster = cudaErrorInvalidClusterSize;

@@ -25,22 +25,6 @@ constexpr std::int64_t kStretch = 8192;  // numbers that a block sums, all of th
 constexpr int kScalePacks = 4;
 constexpr std::int64_t kMostClasses = std::int64_t{1} << 30;  // columns are 32-bit integers
 
-// f(S{}) for the storage type of a dtype.
-template <class Function>
-cudaError_t with_dtype(Dtype dtype, const Function& f) {
-  switch (dtype) {
-    case Dtype::float32:
-      return f(float{});
-    case Dtype::float64:
-      return f(double{});
-    case Dtype::bfloat16:
-      return f(BFloat16{});
-    case Dtype::float16:
-      return f(Float16{});
-  }
-  return cudaErrorInvalidValue;
-}
-
 // The sum over a block, for its first thread: in double, in an order that depends on the number of threads alone.
 __device__ __forceinline__ double sum_over_block(double x) {
   SHARED_ARRAY(double, of_warps, kSumThreads / kWarp);

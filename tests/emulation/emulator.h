@@ -37,6 +37,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <random>
@@ -676,15 +677,27 @@ T load_constant(const T* p) {
   return *p;
 }
 
-// Off by up to two units in the last place, like the device's, so that nothing relies on more. Exact at 0.
-inline float exp2_quick(float x) {
-  float y = std::exp2(x);
-  if (x != 0 && std::isfinite(y)) {
-    const int units = static_cast<int>(std::hash<float>()(x) % 5) - 2;
+// Off by up to `most` units in the last place, like the device's, so that nothing relies on more.
+inline float off_by_units(float exact, float x, int most) {
+  float y = exact;
+  if (std::isfinite(y)) {
+    const int units = static_cast<int>(std::hash<float>()(x) % static_cast<unsigned>(2 * most + 1)) - most;
     y += static_cast<float>(units) * (std::nextafter(y, INFINITY) - y);
   }
-  return y < FLT_MIN ? 0.0f : y;
+  return std::fabs(y) < FLT_MIN ? std::copysign(0.0f, y) : y;
 }
+inline float flushed(float x) { return std::fabs(x) < FLT_MIN ? std::copysign(0.0f, x) : x; }
+
+// Exact at 0.
+inline float exp2_quick(float x) { return x == 0 ? 1.0f : off_by_units(std::exp2(x), x, 2); }
+// Off by up to 2^-22, absolutely between 1/2 and 2, relatively elsewhere; exact at 1.
+inline float log2_quick(float x) {
+  const float y = std::log2(flushed(x));
+  if (x == 1 || !std::isfinite(y)) return y;
+  const float share = static_cast<float>(static_cast<int>(std::hash<float>()(x) % 5) - 2) / 2;
+  return y + share * 0x1p-22f * std::fmax(std::fabs(y), 1.0f);
+}
+inline float reciprocal_quick(float x) { return x == 1 ? 1.0f : off_by_units(1 / flushed(x), x, 1); }
 
 // These are about registers.
 template <class Word>
@@ -754,6 +767,9 @@ inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
 inline double __longlong_as_double(long long x) { return std::bit_cast<double>(x); }
 inline long long __double_as_longlong(double x) { return std::bit_cast<long long>(x); }
 
+inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+  return static_cast<unsigned long long>(static_cast<unsigned __int128>(a) * b >> 64);
+}
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline int __clz(int x) { return std::countl_zero(static_cast<unsigned>(x)); }
 inline int __ffs(int x) { return x == 0 ? 0 : std::countr_zero(static_cast<unsigned>(x)) + 1; }

@@ -17,7 +17,10 @@ from emulation import build
 from torch.utils import cpp_extension
 
 TESTS = build.EMULATION.parent
-TABLES = ("cuda", "softmax_loss", "channels_first", "linear", "numerics", "modules", "properties", "behaviour")
+TABLES = (
+    *("cuda", "softmax_loss", "sigmoid_loss", "channels_first", "linear", "numerics", "modules", "properties"),
+    "behaviour",
+)
 SOURCES = [build.CSRC / "bindings.cpp", *sorted(build.CSRC.glob("cuda/*.cu"))]
 
 

@@ -1,0 +1,7 @@
+#include "sigmoid_loss.cuh"
+
+namespace imbalance::cuda {
+
+IMBALANCE_CUDA_SIGMOID_DTYPE(float)
+
+}  // namespace imbalance::cuda
