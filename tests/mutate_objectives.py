@@ -167,6 +167,12 @@ EQUIVALENT = {
         "torch.where(y == 1, log_n",
         "which label",
     ): "the logarithm of the same number; where that underflows, so does the cost that its power multiplies",
+    (
+        PYTHON_BINARY,
+        "asymmetric",
+        "m = (p - self.clip).clamp_min(0)",
+        "clamp dropped",
+    ): "in the slope, which is 0 below the clip; the value's is noticed",
     (CPP_BINARY, "focal_sides", "M::select(positive, t.log_n", "guard dropped"): "the same",
     (TRITON_BINARY, "_focal_sides", "tl.where(y == 1, t.log_n", "guard dropped"): "the same",
     (TRITON_BINARY, "_focal_sides", "tl.where(y == 1, t.log_n", "which label"): "the same",
