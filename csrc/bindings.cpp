@@ -790,7 +790,7 @@ struct Cuda {
 
   // How many logits a mean over labels counts.
   static Tensor label_count(const Tensor& logits, const SigmoidArguments& call) {
-    const Tensor counts = empty_result(logits, {call.rows() == 0 ? 0 : cuda::partial_sums(call.rows())});
+    const Tensor counts = empty_result(logits, {cuda::label_stretches(call.rows())});
     check_launch(cuda::label_counts(call, counts.mutable_data_ptr(), current_stream()));
     return counts.numel() == 1 ? counts : sum(counts, {});
   }

@@ -21,12 +21,15 @@ KERNELS = (
     *("rows_in_lanes<4>", "rows_in_lanes<8>", "rows_over_clusters", "rows_in_sweeps", "rows_in_pieces"),
     "rows_in_planes",
 )
+LOGIT_KERNELS = ("logits_of_labels", "logits_in_packs", "logits_apart")  # of sigmoid_loss
 MAPS = ("plain", "affine", "general")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 # By kernel, in that order.
 THREADS = dict(zip(KERNELS, (128, 128, 256, 1024, 256, 128), strict=True))
 BLOCKS = dict(zip(KERNELS, (5, 4, 2, 1, 3, 4), strict=True))  # of a multiprocessor
+THREADS |= dict.fromkeys(LOGIT_KERNELS, 128)
+BLOCKS |= dict(zip(LOGIT_KERNELS, (5, 4, 4), strict=True))
 PACKS = dict(zip(KERNELS[:5], (4, 8, 8, 4, 4), strict=True))  # of 16 bytes, a thread
 LOADS = dict(zip(KERNELS[:5], (2, 2, 4, 1, 1), strict=True))  # places that load a row: most load the next one ahead
 
@@ -60,7 +63,9 @@ class Kernel(collections.namedtuple("Kernel", "name map aligned architecture sta
 
 
 def kind_of(symbol: str):
-    """(name, map, aligned) of a mangled kernel of rows; None for others."""
+    """(name, map, aligned) of a mangled kernel of rows, (name, objective, True) of one of logits; None for others."""
+    if found := re.search(r"\d(logits_[a-z_]+?)I(?:f|d|NS\w*?(?:BFloat16|Float16)E)(\w*)", symbol):
+        return found[1], found[2].partition("EEEvNS")[0], True
     found = re.search(r"\d(rows_[a-z_]+?)I.*3MapE(\d)ELb(\d)E(?:Li(\d))?", symbol)
     return found and (found[1] + (f"<{found[4]}>" if found[4] else ""), MAPS[int(found[2])], found[3] == "1")
 
@@ -96,13 +101,21 @@ def dtype_of(source: Path) -> str:
     return source.stem.rpartition("_")[2]
 
 
+def source_of(family: str, dtype: str) -> Path:
+    return next(source for source in SOURCES if source.stem == f"{family}_{dtype}")
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
 def test_compiles_without_spills(compiled, source, architecture):
     _, kernels = compiled(source, architecture)
     names = {kernel.name for kernel in kernels}
-    expected = {"loss": set(), "float64": {"rows_in_sweeps", "rows_in_pieces", "rows_in_planes"}}
-    assert names == expected.get(dtype_of(source), set(KERNELS))
+    if source.stem.startswith("sigmoid"):
+        expected = {"loss": set(), "float64": {"logits_apart"}}.get(dtype_of(source), set(LOGIT_KERNELS))
+    else:
+        expected = {"loss": set(), "float64": {"rows_in_sweeps", "rows_in_pieces", "rows_in_planes"}}
+        expected = expected.get(dtype_of(source), set(KERNELS))
+    assert names == expected
     for kernel in kernels:
         threads = THREADS[kernel.name]
         if kernel.name == "rows_in_sweeps" and not kernel.is_main:
@@ -162,7 +175,7 @@ def hot_blocks(function: list[tuple[int, str]]) -> list[list[str]]:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_machine_code(compiled, dtype):
     """sm_90: 16 bytes at a time, the exponentials that there must be, and few instructions beside."""
-    (source,) = (source for source in SOURCES if dtype_of(source) == dtype)
+    source = source_of("softmax_loss", dtype)
     functions = functions_of(compiled(source, "sm_90")[0])
     width = 4 if dtype == "float32" else 8
     checked = set()
@@ -208,7 +221,7 @@ PLANE_INSTRUCTIONS = {"plain": 8.5, "affine": 10.5}
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_machine_code_of_planes(compiled, dtype):
     """sm_90: of each class four pixels at a time, in one load and one store."""
-    (source,) = (source for source in SOURCES if dtype_of(source) == dtype)
+    source = source_of("softmax_loss", dtype)
     functions = functions_of(compiled(source, "sm_90")[0])
     bits, packs, width = (128, 12, 4) if dtype == "float32" else (64, 24, 4)
     for mapping, most in PLANE_INSTRUCTIONS.items():
@@ -223,3 +236,43 @@ def test_machine_code_of_planes(compiled, dtype):
         assert 2 * packs * width <= count(r"MUFU\.EX2", code) <= 2 * packs * width + 64, mapping
         assert count(r"LDG\S*CONSTANT", code) == (3 * packs if mapping == "affine" else 0), mapping
         assert count("LDL|STL", code) == 0, mapping
+
+
+# Instructions for each number of halves in rows with class labels, of packs without a positive and with one:
+# unpacked, its two approximations, value and slope, summed. Beside them a pack has about 60, and a copy on an H200
+# leaves about 27 issue slots for each number, 54 of float32.
+LOGIT_INSTRUCTIONS = {
+    "OfRegistryILNS_13ObjectiveKindE0EE": (19.6, 24.4),  # cross-entropy
+    "FocalOfProductsINS_13FixedExponentILi4EEEE": (27.9, 32.1),  # gamma 2
+    "OfRegistryILNS_13ObjectiveKindE1EE": (35.2, 40.5),  # any gamma: one more exponential, no call
+    "QualityFocalINS_13FixedExponentILi4EEEE": (27.9, 32.1),
+    "VarifocalINS_13FixedExponentILi4EEEE": (30.2, 36.1),
+}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_machine_code_of_logits(compiled, dtype):
+    """sm_90: 16 bytes at a time, two approximations a number, and few instructions beside."""
+    functions = functions_of(compiled(source_of("sigmoid_loss", dtype), "sm_90")[0])
+    width = 4 if dtype == "float32" else 8
+    checked = set()
+    for (name, objective, _), function in functions.items():
+        code = [instruction for _, instruction in function]
+        assert count("LDL|STL", code) == 0, (name, objective)
+        if name == "logits_of_labels":
+            assert count(r"LDG\S*\.EF\.128", code) >= 4, objective  # the rest are upstream gradients
+            # Gradients, and losses in float.
+            assert count(r"STG\S*\.EF\.128", code) == 4 + 4 * width // 4, objective
+        known = next((of for of in LOGIT_INSTRUCTIONS if objective.endswith(of)), None)
+        if name != "logits_of_labels" or known is None:
+            continue
+        checked.add(known)
+        blocks = [block for block in hot_blocks(function) if count(r"MUFU\.EX2", block) >= width]
+        approximations = 3 if known.endswith("E1EE") else 2
+        assert all(count("MUFU", block) == approximations * width for block in blocks), objective
+        without, with_positive = (sorted(len(block) / width for block in blocks)[i : i + 4] for i in (0, 4))
+        assert len(blocks) == 8, objective
+        slack = 1.0 if width == 8 else 1.06  # the ends of a block weigh more where it has fewer numbers
+        for trips, budget in zip((without, with_positive), LOGIT_INSTRUCTIONS[known], strict=True):
+            assert 0.9 * budget <= min(trips) and max(trips) <= slack * budget, (objective, trips)
+    assert checked == set(LOGIT_INSTRUCTIONS)

@@ -642,10 +642,10 @@ def span(text, function, wanted):
     return begin, begin + len(wanted)
 
 
-def write_mutants(cuda):
+def write_mutants(cuda, mutants):
     """Put all mutants into the sources, each behind its number: an edit becomes two insertions, so that they nest."""
     insertions = {}
-    for number, mutant in enumerate(MUTANTS, 1):
+    for number, mutant in enumerate(mutants, 1):
         file, _, function = mutant.place.partition(": ")
         text = (cuda / file).read_text()
         for wanted, instead in mutant.edits.items():
@@ -684,7 +684,7 @@ def mutants(tmp_path_factory):
     build.require()
     copy = tmp_path_factory.mktemp("mutants")
     shutil.copytree(build.CSRC, copy / "csrc", ignore=shutil.ignore_patterns("cpu"))
-    write_mutants(copy / "csrc" / "cuda")
+    write_mutants(copy / "csrc" / "cuda", MUTANTS)
     header = copy / "mutant.h"
     header.write_text('#include <cstdlib>\ninline const int mutant = std::atoi(std::getenv("MUTANT"));\n')
 

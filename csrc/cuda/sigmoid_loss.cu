@@ -4,7 +4,6 @@
 
 #include "block_sum.cuh"
 #include "launches.cuh"
-#include "softmax_loss.h"
 
 namespace imbalance::cuda {
 
@@ -17,14 +16,14 @@ cudaError_t sigmoid_loss_of(const SigmoidLossArguments&, cudaStream_t stream);
 namespace {
 
 constexpr int kCountThreads = kWarp * kWarp;
+constexpr std::int64_t kStretch = 8192;                       // labels that a block counts
 constexpr std::int64_t kMostColumns = std::int64_t{1} << 30;  // columns and pixels are 32-bit integers
 
 // Each block counts a stretch of rows.
 template <class T>
-__global__ void __launch_bounds__(kCountThreads)
-    count_labels(const std::int64_t* labels, std::int64_t ignore_index, std::int64_t classes, std::int64_t rows,
-                 std::int64_t stretch, T* counts) {
-  const std::int64_t first = blockIdx.x * stretch, end = min(first + stretch, rows);
+__global__ void __launch_bounds__(kCountThreads) count_labels(const std::int64_t* labels, std::int64_t ignore_index,
+                                                              std::int64_t classes, std::int64_t rows, T* counts) {
+  const std::int64_t first = blockIdx.x * kStretch, end = min(first + kStretch, rows);
   double count = 0;  // exact, like a float's of the stretch
   for (std::int64_t row = first + threadIdx.x; row < end; row += kCountThreads) {
     const std::int64_t label = labels[row];
@@ -53,14 +52,15 @@ cudaError_t sigmoid_loss(const SigmoidLossArguments& arguments, cudaStream_t str
   return with_dtype(arguments.call.dtype, [&](auto s) { return sigmoid_loss_of<decltype(s)>(arguments, stream); });
 }
 
+std::int64_t label_stretches(std::int64_t rows) { return (rows + kStretch - 1) / kStretch; }
+
 cudaError_t label_counts(const SigmoidArguments& call, void* counts, cudaStream_t stream) {
   const std::int64_t rows = call.rows();
   if (rows == 0) return cudaSuccess;
-  const std::int64_t blocks = partial_sums(rows), stretch = (rows + blocks - 1) / blocks;
-  const Shape shape{static_cast<unsigned>(blocks), kCountThreads, 1, 0};
+  const Shape shape{static_cast<unsigned>(label_stretches(rows)), kCountThreads, 1, 0};
   return with_dtype(call.dtype, [&](auto s) {
     using T = Accumulate<decltype(s)>;
-    return launch(&count_labels<T>, shape, stream, call.labels, call.ignore_index, call.classes, rows, stretch,
+    return launch(&count_labels<T>, shape, stream, call.labels, call.ignore_index, call.classes, rows,
                   static_cast<T*>(counts));
   });
 }

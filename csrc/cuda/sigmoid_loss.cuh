@@ -599,7 +599,7 @@ __global__ void __launch_bounds__(kLogitThreads, kLabelBlocks)
         const auto label = static_cast<unsigned>(labels_of_packs[i]), place = label - static_cast<unsigned>(columns[i]);
         const int of_row = a.classes - columns[i];
         usual = labels_of_packs[i] >> 32 == 0 && label <= classes && label != ignored && of_row >= width;
-        bits.positive = place < static_cast<unsigned>(width) && label < classes ? 1u << place : 0u;
+        bits.positive = place < static_cast<unsigned>(width) ? 1u << place : 0u;
         if (!usual) bits = bits_of_rows(a, block + group + mine + i * step);
       }
       T values[width], slopes[width], of_pack = T(0);
@@ -759,8 +759,10 @@ __global__ void __launch_bounds__(kLogitThreads)
     const bool soft = y != T(0) && y != T(1);
     if (a.sample_weight != nullptr) weight = a.sample_weight[a.weight_of_logits ? spot.place : spot.row];
     T value = T(0), slope = T(0);
-    if (bits.outside != 0) value = slope = std::numeric_limits<T>::quiet_NaN();
-    if (bits.off == 0 && bits.outside == 0 && weight != T(0)) {
+    if (weight == T(0)) bits.off = 1u;
+    if (bits.off == 0 && bits.outside != 0) {
+      value = slope = std::numeric_limits<T>::quiet_NaN();
+    } else if (bits.off == 0) {
       const T bias = a.bias != nullptr ? a.bias[spot.column] : T(0), x = number_of(x_as_given) + bias;
       const T parameter = a.class_parameter != nullptr ? a.class_parameter[spot.column] : a.parameter;
       const T of_positive = weight * (a.positive_weight != nullptr ? a.positive_weight[spot.column] : a.positive);

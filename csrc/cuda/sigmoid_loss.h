@@ -27,8 +27,9 @@ std::int64_t sigmoid_sums(const SigmoidArguments& call);
 // Value and gradient of every logit, in one trip.
 cudaError_t sigmoid_loss(const SigmoidLossArguments& arguments, cudaStream_t stream);
 
-// What a mean over labels is divided by: how many logits have a label that is a class or the background, of each of
-// partial_sums(rows) stretches of rows.
+// What a mean over labels is divided by: how many logits have a label that is a class or the background, in each of
+// label_stretches(rows) stretches of rows.
+std::int64_t label_stretches(std::int64_t rows);
 cudaError_t label_counts(const SigmoidArguments& call, void* counts, cudaStream_t stream);
 
 }  // namespace imbalance::cuda
