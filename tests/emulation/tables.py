@@ -17,7 +17,10 @@ from emulation import build
 from torch.utils import cpp_extension
 
 TESTS = build.EMULATION.parent
-TABLES = ("cuda", "softmax_loss", "linear", "numerics", "modules", "properties", "behaviour")
+TABLES = (
+    *("cuda", "softmax_loss", "linear", "numerics", "modules", "properties", "behaviour"),
+    *("multilabel_softmax", "batch_statistics"),
+)
 SOURCES = [build.CSRC / "bindings.cpp", *sorted(build.CSRC.glob("cuda/*.cu"))]
 
 
