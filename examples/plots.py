@@ -273,6 +273,8 @@ def _box(axes: Axes, box: list[float], text: str, colour: str, below: bool = Fal
         plt.Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour, linewidth=1.4, **line)
     )
     at, align = ((right, bottom), "top") if below else ((left, top), "bottom")
+    if not 8 < at[1] < max(axes.get_ylim()) - 8:  # inside, where the picture ends outside
+        align = "bottom" if below else "top"
     axes.text(
         *at, text, color=colour, fontsize=9, fontweight="bold", va=align, ha="right" if below else "left", clip_on=True
     )
