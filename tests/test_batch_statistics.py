@@ -37,7 +37,8 @@ def check(x, given, rows, target, impl, as_rows=lambda x: x, oracle_weight=None,
     signs = torch.randint(2, (num_classes,)) * 2 - 1  # one for both: their sum is not to cancel
     upstreams = (signs * (torch.rand(2, num_classes) + 0.1)).double()
     exact = rows.detach().double().requires_grad_(True)
-    *sums, count = multilabel_oracle.column_sums(exact, target, sample_weight=oracle_weight)
+    ignore_index = options.get("ignore_index", -100)
+    *sums, count = multilabel_oracle.column_sums(exact, target, sample_weight=oracle_weight, ignore_index=ignore_index)
     (gradient,) = torch.autograd.grad(sums[:2], exact, list(upstreams))
     x = x.requires_grad_(True)
     found = column_sums(x, given, impl=impl, **options)
@@ -68,6 +69,9 @@ def test_column_sums(kind, impl, dtype, shape):
     weight = torch.rand(shape[0])
     weight[::4] = 0
     check(rows.clone(), target, rows, target, impl, sample_weight=weight, oracle_weight=weight)
+    if kind in ("labels", "lists"):  # a class may be what does not count
+        target = torch.where(target == -100, 0, target)
+        check(rows.clone(), target, rows, target, impl, ignore_index=0)
 
 
 LAYOUTS = {
@@ -405,8 +409,9 @@ def _work(rank, address, weight, inputs, labels, results):
             value = call(model)
             value.backward()
             results.put((rank, value.item(), head.weight.grad.tolist()))
-        sums = column_sums(inputs[share], labels[share].new_zeros(labels[share].shape), process_group=None)
-        results.put((rank, float(sums.rows), None))
+        logits = inputs[share].clone().requires_grad_(True)
+        sums = column_sums(logits, labels[share], process_group=torch.distributed.group.WORLD)
+        results.put((rank, [float(sums.rows), sums.rows.requires_grad, sums.positives.requires_grad], None))
     finally:
         torch.distributed.destroy_process_group()
 
@@ -445,4 +450,4 @@ def test_two_processes_are_one_with_both_batches(tmp_path):
         for rank in range(2):
             gradient = torch.tensor(found[rank][index][1], dtype=torch.float64)
             torch.testing.assert_close(gradient, head.weight.grad.double(), rtol=1e-5, atol=1e-8)
-    assert [found[rank][-1][0] for rank in range(2)] == [7, 7]
+    assert [found[rank][-1][0] for rank in range(2)] == [[14.0, False, False]] * 2

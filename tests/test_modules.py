@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
+import test_sigmoid_modules as sigmoid_tables
 import torch
 from implementations import IMPLEMENTATIONS
 from torch import Tensor
@@ -539,6 +540,12 @@ def test_every_module_and_function_is_in_the_table():
     primitives = {"TargetAndRest", "target_and_rest", "target_log_odds", "target_log_probs"}
     primitives |= {"linear_cross_entropy", "linear_log_probs", "linear_target_and_rest"}  # tests/test_linear.py
     modules -= {ik.LinearLoss, ik.RadiusMarginLoss}  # there too
+    of_labels = {ik.MultilabelSoftmaxLoss, ik.SmoothF1Loss, ik.DiceLoss, ik.F1WeightedCrossEntropyLoss}
+    modules -= of_labels  # tests/test_multilabel_softmax.py, tests/test_batch_statistics.py
+    modules -= {ik.SigmoidLoss, *sigmoid_tables.MODULES}
+    primitives |= {"ColumnSums", "column_sums", "multilabel_softmax_loss"}
+    primitives |= {"smooth_f1_loss", "dice_loss", "f1_weighted_cross_entropy"}
+    primitives |= {"sigmoid_loss", *(twin.__name__ for twin, _ in sigmoid_tables.MODULES.values())}
     assert modules == {loss.module for loss in LOSSES.values()}
     assert set(F.__all__) - primitives == {loss.function.__name__ for loss in LOSSES.values()}
 

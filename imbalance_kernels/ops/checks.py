@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from imbalance_kernels.binary_objectives import BinaryObjective
 from imbalance_kernels.logit_map import CircleMargin
 from imbalance_kernels.objectives import CrossEntropy
 from imbalance_kernels.ops import layout
@@ -189,6 +190,8 @@ def _check_master_copy(name: str, tensor: Tensor, input: Tensor) -> None:
 
 def check_options(options: SoftmaxOptions, num_classes: int, target: Tensor) -> None:
     """Check everything that does not depend on the values of the logits or targets."""
+    if isinstance(options.objective, BinaryObjective):
+        raise TypeError(f"objective is {options.objective.name}, a loss of a logit and its label: use SigmoidLoss")
     check_reduction(options.reduction)
     _check_number("label_smoothing", options.label_smoothing, 0, 1)
     _check_number("z_loss", options.z_loss, 0, math.inf)

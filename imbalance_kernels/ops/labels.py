@@ -109,7 +109,7 @@ def check_sigmoid_options(options: SigmoidOptions, num_classes: int) -> None:
     for name in ("positive_weight", "negative_weight"):
         weight = getattr(options, name)
         if isinstance(weight, Tensor):
-            check_class_vector(name, weight, num_classes)
+            check_class_vector("alpha, weight or pos_weight", weight, num_classes)
 
 
 def check_label_range(labels: Labels, ignore_index: int) -> None:
