@@ -20,7 +20,16 @@ from torch import Tensor
 
 from imbalance_kernels.objectives import REGISTRY, Focal, Objective, require, require_finite_number
 
-__all__ = ["BINARY_REGISTRY", "Asymmetric", "BinaryObjective", "QualityFocal", "Sides", "Varifocal", "side_slopes", "side_values"]
+__all__ = [
+    "BINARY_REGISTRY",
+    "Asymmetric",
+    "BinaryObjective",
+    "QualityFocal",
+    "Sides",
+    "Varifocal",
+    "side_slopes",
+    "side_values",
+]
 
 
 class Sides(NamedTuple):
