@@ -10,7 +10,7 @@ CSRC := $(wildcard csrc/*.[ch]* csrc/*/*.[ch]*)
 EMULATION := $(wildcard tests/emulation/*.h tests/emulation/*.cu)
 
 # As `make help` shows them: what a newcomer wants first, then what a change needs, then the rest.
-COMMANDS := help demo demo-detection test bench venv lint format test-full test-emulated mutants gpu-check triton-versions wheel clean
+COMMANDS := help demo test bench demo-detection venv lint format test-full test-emulated mutants gpu-check triton-versions wheel clean
 .PHONY: $(COMMANDS)
 
 help:  ## show this list
@@ -62,7 +62,7 @@ test-full: venv  ## run the tests on many more random cases
 demo: venv  ## run the demo (DEMO_ARGS="--data FOLDER")
 	$(PY) examples/demo.py $(DEMO_ARGS)
 
-demo-detection: venv  ## train a small detector with BCE, focal loss, and focal loss with a prior (DEMO_ARGS="--steps 100")
+demo-detection: venv  ## train a small detector with three losses (DEMO_ARGS="--steps 100")
 	$(PY) examples/detection.py $(DEMO_ARGS)
 
 bench: venv  ## run the benchmark of the softmax losses (BENCH_ARGS="...")

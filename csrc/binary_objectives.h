@@ -124,19 +124,19 @@ IMBALANCE_INLINE Sides<Number> varifocal_sides(const Truth<Number>& t, Number y,
 template <class Number, class Exponent>
 IMBALANCE_INLINE ValueAndSlope<Number> clipped_focal(const Truth<Number>& t, Exponent gamma, Number clip) {
   using M = Math<Number>;
-  const Number zero(0), one(1);
+  const Number one(1);
   const auto counts = M::less(clip, t.n);
   const Number limit = M::select(counts, clip, t.n);  // so that m is 0 below the clip, and a NaN stays one
   const Number m = t.n - limit;
   const Number rest = t.p + limit;  // 1 - m
-  const Number cost = -M::log1p(-m);
+  const Number cost = -M::log1p(-m, rest);
   Truth<Number> clipped = t;
   clipped.n = m;
   clipped.log_n = M::log(m);  // of a general power alone
   const Number power = clipped.n_power(gamma);
-  const Number ratio = M::select(M::less(zero, m), cost / M::select(M::less(zero, m), m, one), one);
-  const Number slope = (t.p * t.n) * power * (one / rest + number_of<Number>(gamma) * ratio);
-  return {power * cost, -M::select(counts, slope, m)};
+  // 1 / (1 - m) + gamma cost / m, by one division
+  const Number pull = (m + number_of<Number>(gamma) * (cost * rest)) / (rest * M::select(counts, m, one));
+  return {power * cost, -M::select(counts, (t.p * t.n) * power * pull, m)};
 }
 
 }  // namespace imbalance

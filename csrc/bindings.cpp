@@ -30,6 +30,8 @@
 #include "cpu/softmax_loss.h"
 
 #if defined(IMBALANCE_WITH_CUDA)
+#include "cuda/column_sums.h"
+#include "cuda/multilabel_softmax.h"
 #include "cuda/sigmoid_loss.h"
 #include "cuda/softmax_loss.h"
 #endif
@@ -833,16 +835,49 @@ struct Cuda {
     return sum(sums, by);
   }
 
-  static Tensor multilabel_softmax(const Tensor&, const Tensor&, const OptionalTensor&, MULTILABEL_PARAMETERS) {
-    TORCH_CHECK_NOT_IMPLEMENTED(false, "multilabel_softmax has no CUDA kernel: use impl='triton' or 'reference'");
+  static Tensor multilabel_softmax(const Tensor& logits, const Tensor& d_logits, const OptionalTensor& upstream,
+                                   MULTILABEL_PARAMETERS) {
+    const c10::DeviceGuard guard(logits.device());
+    MultilabelCall multilabel(logits, d_logits, MULTILABEL_NAMES);
+    cuda::MultilabelLossArguments loss{multilabel.arguments, 0, multilabel.scalar("normalizer", normalizer), nullptr};
+    MultilabelArguments& call = loss.call;
+    const bool reduced = reduction != "none";
+    call.upstream =
+        reduced ? multilabel.scalar("upstream", upstream) : multilabel.vector("upstream", upstream, call.rows);
+    loss.upstream_step = reduced ? 0 : 1;
+    cuda::LossArguments sums{};  // what a mean divides by, and how the losses are summed
+    sums.split.dtype = call.dtype;
+    sums.split.target = call.labels;
+    sums.split.classes = call.classes + 1;  // the background counts
+    sums.split.ignore_index = ignore_index;
+    sums.normalizer = loss.normalizer;
+    Tensor losses, divisor;
+    if (!upstream) {
+      losses = empty_result(logits, {call.rows});
+      call.losses = losses.mutable_data_ptr();
+    }
+    if (reduction == "mean" && !normalizer) {
+      divisor = mean_divisor(logits, sums);
+      loss.divisor = sums.divisor = divisor.const_data_ptr();
+    }
+    check_launch(cuda::multilabel_rows(loss, current_stream()));
+    return reduced && !upstream ? sum(losses, sums) : losses;
   }
 
-  static Tensor column_sums(const Tensor&, const ColumnSumsCall&) {
-    TORCH_CHECK_NOT_IMPLEMENTED(false, "column_sums has no CUDA kernel: use impl='triton' or 'reference'");
+  // Sums (3, C).
+  static Tensor column_sums(const Tensor& logits, const ColumnSumsCall& columns) {
+    const ColumnSumsArguments& call = columns.arguments;
+    int64_t count = 0;
+    check_launch(cuda::column_parts(call, &count));
+    const Tensor parts = at::empty({count, 3, call.classes}, logits.options().dtype(at::kDouble));
+    const Tensor sums = empty_result(logits, {3, call.classes});
+    check_launch(
+        cuda::column_sums(call, count, parts.mutable_data_ptr<double>(), sums.mutable_data_ptr(), current_stream()));
+    return sums;
   }
 
-  static void column_sums_gradient(const ColumnSumsCall&) {
-    TORCH_CHECK_NOT_IMPLEMENTED(false, "column_sums has no CUDA kernel: use impl='triton' or 'reference'");
+  static void column_sums_gradient(const ColumnSumsCall& columns) {
+    check_launch(cuda::column_sums_gradient(columns.arguments, current_stream()));
   }
 
   static void split_rows(const Split& split, const SplitVectors& out) {

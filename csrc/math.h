@@ -36,7 +36,10 @@ struct PlainMath {
   static IMBALANCE_INLINE Number sqrt(Number x) { return std::sqrt(x); }
   static IMBALANCE_INLINE Pair<Number> exp_and_expm1_nonpositive(Number x) { return {std::exp(x), std::expm1(x)}; }
   static IMBALANCE_INLINE Number log(Number x) { return std::log(x); }
-  static IMBALANCE_INLINE Number log1p(Number x) { return std::log1p(x); }
+  // log(sum), where sum is 1 + x without its rounding
+  static IMBALANCE_INLINE Number log1p(Number x, Number sum) {
+    return x > Number(-0.5) ? std::log1p(x) : std::log(sum);
+  }
   static IMBALANCE_INLINE Number log1p_unit(Number x) { return std::log1p(x); }  // for x in [0, 1]
 #if defined(__CUDA_ARCH__)  // a device's sin and cos take a stack frame, for angles that no margin has
   static IMBALANCE_INLINE Number cos(Number angle) { return ::cospi(angle * Number(0.31830988618379067)); }

@@ -154,10 +154,13 @@ struct Varifocal {
   template <class Number>
   IMBALANCE_INLINE ValueAndSlope<Number> hard(const Truth<Number>& t, MaskOf<Number> positive, Number) const {
     using M = Math<Number>;
-    const ValueAndSlope<Number> of_positive = cross_entropy(t), of_negative = focal(t, exponent<Number>(gamma));
     const Number weight = number<Number>(alpha);
-    return {M::select(positive, of_positive.value, weight * of_negative.value),
-            M::select(positive, of_positive.slope, weight * of_negative.slope)};
+    ValueAndSlope<Number> of_negative = focal(t, exponent<Number>(gamma));
+    of_negative = {weight * of_negative.value, weight * of_negative.slope};
+    if (!M::any(positive)) return of_negative;  // as in most packs
+    const ValueAndSlope<Number> of_positive = cross_entropy(t);
+    return {M::select(positive, of_positive.value, of_negative.value),
+            M::select(positive, of_positive.slope, of_negative.slope)};
   }
   template <class Number>
   IMBALANCE_INLINE Sides<Number> soft(const Truth<Number>& t, Number y, Number) const {

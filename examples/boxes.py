@@ -9,7 +9,7 @@ from torch import Tensor
 
 try:
     from torchvision.ops import nms as _torchvision_nms
-except ImportError:
+except (ImportError, RuntimeError):  # the latter where it was built for another torch
     _torchvision_nms = None
 
 

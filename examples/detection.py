@@ -277,7 +277,7 @@ def train(
     return found
 
 
-def mean_ap(per_class: list[float]) -> float:
+def mean_over(per_class: list[float]) -> float:
     """Over the classes that are there."""
     return float(torch.tensor(per_class, dtype=torch.float64).nanmean())
 
@@ -288,16 +288,30 @@ def spread(values: list[float]) -> str:
     return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
 
 
-def ap_table(results: dict[str, Result], schedule: Schedule) -> str:
-    steps = schedule.evaluated_at()
-    heads = [f"AP at {step}" for step in steps] + list(BUCKETS) + ["named right"]
-    lines = [f"{'loss':<14}" + "".join(f"{head:>15}" for head in heads)]
+def by_loss(title: str, columns: dict[str, Callable[[Result], list[float]]], results: dict[str, Result]) -> str:
+    """A table with a row a loss; a column is what it makes of a result, one number a seed."""
+    lines = [f"{title:<14}" + "".join(f"{head:>15}" for head in columns)]
     for name, result in results.items():
-        columns = [[mean_ap(seed[k]) for seed in result.ap] for k in range(len(steps))]
-        columns += [[mean_ap(seed[-1][classes]) for seed in result.ap] for classes in BUCKETS.values()]
-        columns += [[mean_ap(seed) for seed in result.named_right]]
-        lines.append(f"{name:<14}" + "".join(f"{spread(column):>15}" for column in columns))
+        lines.append(f"{name:<14}" + "".join(f"{spread(column(result)):>15}" for column in columns.values()))
     return "\n".join(lines)
+
+
+def ap_table(results: dict[str, Result], schedule: Schedule) -> str:
+    columns: dict[str, Callable[[Result], list[float]]] = {}
+    for k, step in enumerate(schedule.evaluated_at()):
+        columns[f"at step {step}"] = lambda result, k=k: [mean_over(seed[k]) for seed in result.ap]
+    for bucket, classes in BUCKETS.items():
+        columns[bucket] = lambda result, classes=classes: [mean_over(seed[-1][classes]) for seed in result.ap]
+    return by_loss("AP", columns, results)
+
+
+def named_right_table(results: dict[str, Result]) -> str:
+    buckets = {"all classes": slice(None)} | BUCKETS
+    columns = {
+        bucket: lambda result, classes=classes: [mean_over(seed[classes]) for seed in result.named_right]
+        for bucket, classes in buckets.items()
+    }
+    return by_loss("named right", columns, results)
 
 
 def class_table(results: dict[str, Result], objects: list[int]) -> str:
@@ -311,21 +325,17 @@ def class_table(results: dict[str, Result], objects: list[int]) -> str:
     return "\n".join(lines)
 
 
-def compare(results: dict[str, Result], name: str, other: str, steps: list[int]) -> list[str]:
-    """Say how the AP of a loss differs from another's, seed against the same seed, at every evaluation."""
-    lines = []
-    for k, step in enumerate(steps):
-        pairs = zip(results[name].ap, results[other].ap, strict=True)
-        differences = [mean_ap(ours[k]) - mean_ap(theirs[k]) for ours, theirs in pairs]
-        mean, verdict = statistics.mean(differences), "one seed, which tells nothing of noise"
-        error = ""
-        if len(differences) > 1:
-            standard_error = statistics.stdev(differences) / len(differences) ** 0.5
-            error = f" ± {standard_error:.3f}"
-            sign = "better" if mean > 0 else "worse"
-            verdict = sign if abs(mean) > 2 * standard_error else "not told apart from noise"
-        lines.append(f"{name} against {other}, step {step}: {mean:+.3f}{error}, {verdict}")
-    return lines
+def compare(results: dict[str, Result], name: str, other: str, k: int, step: int) -> str:
+    """Say how the AP of a loss differs from another's, seed against the same seed, at an evaluation."""
+    pairs = zip(results[name].ap, results[other].ap, strict=True)
+    differences = [mean_over(ours[k]) - mean_over(theirs[k]) for ours, theirs in pairs]
+    mean = statistics.mean(differences)
+    what = f"{name} against {other}, step {step}: {mean:+.3f}"
+    if len(differences) == 1:
+        return f"{what}, of one seed, which tells nothing of noise"
+    error = statistics.stdev(differences) / len(differences) ** 0.5
+    verdict = "not told apart from noise" if abs(mean) < 2 * error else "better" if mean > 0 else "worse"
+    return f"{what} ± {error:.3f}, {verdict}"
 
 
 def notes(schedule: Schedule, prior: ik.BinaryPrior) -> str:
@@ -335,8 +345,8 @@ def notes(schedule: Schedule, prior: ik.BinaryPrior) -> str:
     training = f"{schedule.steps} steps of {schedule.batch_size} images"
     biases = f"{float(prior.bias.max()):.1f} to {float(prior.bias.min()):.1f}"
     return f"""\
-AP at N:      average precision at IoU 0.5 after N steps, mean over classes
-buckets:      the same at the end, of some classes: {buckets}
+AP:           average precision at IoU 0.5, mean over classes; of some classes at the last step
+classes:      {buckets}
 named right:  of the test digits, those over which the surest box of any class is of their class; mean over classes
 mean ± standard deviation of {seeds} with its own images, initial weights and batches
 
@@ -345,8 +355,8 @@ The same for all: network, images, initial weights, {training}, Adam in one cycl
 log(0.01 / 0.99). A prior in the loss is such a start for each class (here from {biases}): there the bias
 starts at 0, and prediction uses the logits without it.
 
-AP ranks the boxes of one class among themselves: a prior, which shifts them all, changes it by how training starts and
-by which {AFTER_NMS} boxes of an image are kept. Which class a box gets is what it shifts: "named right"."""
+AP ranks the boxes of one class among themselves, so a shift of all their scores is nothing to it, save by which
+{AFTER_NMS} boxes of an image are kept. Which class a box gets is what a prior shifts: "named right"."""
 
 
 def run(arguments: argparse.Namespace, schedule: Schedule, device: torch.device) -> tuple[dict, list[Path]]:
@@ -371,11 +381,9 @@ def run(arguments: argparse.Namespace, schedule: Schedule, device: torch.device)
     steps = schedule.evaluated_at()
     print("\n" + ap_table(results, schedule))
     print("\n" + class_table(results, (objects // schedule.seeds).tolist()))
-    findings = [
-        *compare(results, FOCAL, BCE, steps),
-        *compare(results, FOCAL_PRIOR, BCE, steps[-1:]),
-        *compare(results, FOCAL_PRIOR, FOCAL, steps[-1:]),
-    ]
+    print("\n" + named_right_table(results))
+    findings = [compare(results, FOCAL, BCE, k, step) for k, step in enumerate(steps)]
+    findings += [compare(results, FOCAL_PRIOR, other, -1, steps[-1]) for other in (BCE, FOCAL)]
     print("\nDifferences of AP, ± their standard error over seeds; twice the error counts:")
     print("\n".join("  " + finding for finding in findings))
     print("\n" + notes(schedule, prior))

@@ -115,8 +115,11 @@ def smooth_f1_loss(
         target: labels, see `column_sums`.
         average: "per_class" for the mean of the classes' losses, "global" for one F1 of all classes' sums.
         smooth: at least 0, added above and below.
-        from_softmax: p is the softmax over classes instead of a sigmoid; without a kernel of its own, see `column_sums`.
-        ignore_index, class_dim, process_group, impl: see `column_sums`.
+        from_softmax: p is the softmax over classes instead of a sigmoid; it has no kernel, see `column_sums`.
+        ignore_index: a class label whose row does not count; padding of lists.
+        class_dim: 1 as torch has it, or -1 for classes last.
+        process_group: whose batches are summed up together, see `column_sums`.
+        impl: "reference", "cpu", "cuda", "triton" or None for the best one available.
         sample_weight: weights of rows.
 
     Source: kexue.fm 7708; Milletari et al. 2016 (Dice).
@@ -178,8 +181,12 @@ def f1_weighted_cross_entropy(
         target: labels, see `sigmoid_loss`.
         average: "per_class" for an F1 of each class, "global" for one of all classes' sums.
         smooth: at least 0: F1 = (2 sum y p + smooth) / (sum (y + p) + smooth).
-        ignore_index, reduction, class_dim, inplace, impl: see `sigmoid_loss`.
+        ignore_index: a class label whose row does not count; padding of lists.
+        reduction: "none", "sum" or "mean", see `sigmoid_loss`.
+        class_dim: 1 as torch has it, or -1 for classes last.
+        inplace: the gradient may overwrite input's storage, see `sigmoid_loss`.
         process_group: whose batches F1 is of, see `column_sums`.
+        impl: "reference", "cpu", "cuda", "triton" or None for the best one available.
         sample_weight: weights of rows, of F1's sums too.
         normalizer: a number or tensor () that replaces the divisor of "mean" and "sum"; 0 gives 0.
 

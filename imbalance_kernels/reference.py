@@ -230,7 +230,7 @@ def _counted_rows(
     if target.dim() == 1:
         rows = RowTargets.of(target, x.shape[1] + 1, ignore_index)  # background is a label too
         uncounted = uncounted | rows.ignored
-        x = torch.where((rows.valid | rows.ignored)[:, None], x, math.nan)
+        x = x * torch.where(rows.valid | rows.ignored, 1.0, math.nan).to(x.dtype)[:, None]  # its gradient too
         num_valid = rows.valid.sum()
     if normalizer is not None:
         uncounted = uncounted | (normalizer == 0)

@@ -161,6 +161,22 @@ EQUIVALENT = {
     (CPP, "evaluate", "return cross_entropy(truth);", ""): "never reached",
     (TRITON, "power_of", "gamma == 2", "guard dropped"): "products are exact to the last bits; powers are good enough",
     (TRITON, "power_of", "gamma == 1", "guard dropped"): "the same",
+    (
+        PYTHON_BINARY,
+        "_mixed_power",
+        "torch.where(y == 1, log_n",
+        "which label",
+    ): "the logarithm of the same number; where that underflows, so does the cost that its power multiplies",
+    (
+        PYTHON_BINARY,
+        "asymmetric",
+        "m = (p - self.clip).clamp_min(0)",
+        "clamp dropped",
+    ): "in the slope, which is 0 below the clip; the value's is noticed",
+    (CPP_BINARY, "focal_sides", "M::select(positive, t.log_n", "guard dropped"): "the same",
+    (TRITON_BINARY, "_focal_sides", "tl.where(y == 1, t.log_n", "guard dropped"): "the same",
+    (TRITON_BINARY, "_focal_sides", "tl.where(y == 1, t.log_n", "which label"): "the same",
+    (TRITON_BINARY, "_clipped_focal", "cost = tl.where(small", "zero to one"): "stands where the other branch counts",
 }
 
 

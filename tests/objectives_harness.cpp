@@ -48,7 +48,7 @@ void function(int which, std::int64_t n, const T* x, T* y) {
                           : which == 1 ? M::exp_and_expm1_nonpositive(number).second
                           : which == 2 ? M::log(number)
                           : which == 3 ? M::log1p_unit(number)
-                          : which == 4 ? M::log1p(number)
+                          : which == 4 ? M::log1p(number, Number(T(1)) + number)
                                        : M::sqrt(number);
     store(result, y + i);
   }

@@ -146,10 +146,11 @@ def test_nms(boxes, count, threshold):
 
 
 def test_nms_is_torchvisions(boxes):
-    torchvision = pytest.importorskip("torchvision")
+    if boxes.nms is boxes.own_nms:
+        pytest.skip("torchvision is not installed, or not for this torch")
     where, scores = random_boxes(300)
-    assert boxes.nms is torchvision.ops.nms
-    assert torch.equal(boxes.own_nms(where, scores, 0.5), torchvision.ops.nms(where, scores, 0.5))
+    assert boxes.nms.__module__.startswith("torchvision")
+    assert torch.equal(boxes.own_nms(where, scores, 0.5), boxes.nms(where, scores, 0.5))
 
 
 def test_classes_do_not_suppress_one_another(boxes):
@@ -339,7 +340,7 @@ def test_the_example_runs(detection, tmp_path, capsys):
         losses = torch.tensor(result["losses"])
         assert losses.shape == (2, 3) and losses.isfinite().all()
     printed = capsys.readouterr().out
-    for part in ("AP at 3", "frequent", "rare", "focal + prior", "focal against BCE, step 3", "± "):
+    for part in ("at step 3", "frequent", "named right", "rare", "focal + prior", "focal against BCE, step 3", "± "):
         assert part in printed
 
 

@@ -12,6 +12,7 @@ from test_softmax_loss import DTYPES, GRADIENT_TOLERANCE, VALUE_TOLERANCE
 
 import imbalance_kernels as ik
 from imbalance_kernels.functional import multilabel_softmax_loss
+from imbalance_kernels.ops import labels
 from imbalance_kernels.ops.kernels import kernels
 
 SHAPES = {
@@ -282,23 +283,34 @@ def test_nothing_there(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_labels_out_of_range(impl):
+def test_labels_out_of_range(impl, monkeypatch):
+    """They raise where they can be read; else a class label makes its row NaN, and one of a list is left out."""
     x = torch.randn(3, 4)
-    for target, message in (
+    wrong = (
         (torch.tensor([0, 5, 1]), r"target 5 is out of bounds.*\[0, 4\].*background"),
         (torch.tensor([0, -1, 1]), "target -1 is out of bounds"),
-        (torch.tensor([[0, 4, 1]] * 3), r"target 4 is out of bounds.*\[0, 3\]"),
-    ):
-        if impl == "cuda":  # on a GPU nobody reads them but the kernels
-            losses = multilabel_softmax_loss(x, target, reduction="none", impl=impl)
-            if target.dim() == 1:
-                assert losses.isnan().tolist() == [False, True, False]
-                assert multilabel_softmax_loss(x, target, impl=impl).isnan()
-            else:
-                assert torch.equal(losses, multilabel_softmax_loss(x, target[:, [0, 2]], reduction="none", impl=impl))
-            continue
+        (torch.tensor([[0, 4, 1], [3, -1, 1], [0, 9, 9]]), r"target 4 is out of bounds.*\[0, 3\]"),
+    )
+    for target, message in wrong:
         with pytest.raises(IndexError, match=message):
             multilabel_softmax_loss(x, target, impl=impl)
+    if impl == "cpu":
+        return
+    monkeypatch.setattr(labels, "may_read_values", lambda logits: False)  # as on a GPU
+    for target, _ in wrong[:2]:
+        leaf = x.clone().requires_grad_(True)
+        losses = multilabel_softmax_loss(leaf, target, reduction="none", impl=impl)
+        (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+        assert losses.isnan().tolist() == [False, True, False]
+        assert gradient.isnan().tolist() == [[False] * 4, [True] * 4, [False] * 4]
+        leaf = x.clone().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(multilabel_softmax_loss(leaf, target, impl=impl), leaf)
+        rest = x[[0, 2]].requires_grad_(True)  # the wrong row is not in the divisor
+        (want,) = torch.autograd.grad(multilabel_softmax_loss(rest, target[[0, 2]], impl=impl), rest)
+        torch.testing.assert_close(gradient[[0, 2]], want)
+    losses = multilabel_softmax_loss(x, wrong[2][0], reduction="none", impl=impl)
+    right = torch.tensor([[0, -100, 1], [3, -100, 1], [0, -100, -100]])
+    torch.testing.assert_close(losses, multilabel_softmax_loss(x, right, reduction="none", impl=impl))
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

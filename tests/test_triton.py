@@ -204,6 +204,16 @@ def test_binary_objectives_equal_the_registry_at_the_ends(name, parameters):
                     assert np.isnan(found[of]).tolist() == [False] * 5 + [True] + [False] * 2
 
 
+def test_binary_objectives_equal_the_registry_where_a_score_is_met():
+    """Nothing is missed: cost and slope are exactly 0, of beta 1 too, whose slope jumps there."""
+    for dtype in (np.float32, np.float64):
+        x, y = np.zeros(4, dtype), np.full(4, 0.5, dtype)
+        for beta in (1.0, 1.3, 2.0):
+            for products in (False, True):
+                *sides, _, _ = evaluate_sides("quality_focal", (beta,), x, y, products)
+                assert all((side == 0).all() for side in sides)
+
+
 def test_exponents_are_products_where_they_can_be():
     """A compile-time number of halves; a class vector's exponents never are."""
     logits = torch.empty(0)

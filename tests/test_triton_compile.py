@@ -26,7 +26,7 @@ CLUSTERS = ("sm_90 clusters", "sm_100 clusters")
 # eight: (dtype, classes) -> by version. Above 64 (of 1024 threads) or 128 (of 512) a program would not even start.
 REGISTERS = {
     ("bfloat16", 256): (72, 72),
-    ("bfloat16", 1000): (56, 64),
+    ("bfloat16", 1000): (64, 64),
     ("bfloat16", 8192): (96, 96),
     ("bfloat16", 32000): (64, 56),
     ("float32", 32000): (64, 64),

@@ -29,7 +29,15 @@ from imbalance_kernels.logit_map import AngularMargin, CircleMargin, LogitMap
 from imbalance_kernels.objectives import REGISTRY
 from imbalance_kernels.ops.kernel_arguments import objective_arguments, split_arguments
 from imbalance_kernels.options import SoftmaxOptions, accumulate_dtype
-from imbalance_kernels.triton_kernels import launch, planes, sigmoid_loss, softmax_loss, target_and_rest
+from imbalance_kernels.triton_kernels import (
+    column_sums,
+    launch,
+    multilabel_softmax,
+    planes,
+    sigmoid_loss,
+    softmax_loss,
+    target_and_rest,
+)
 
 # What a target is, and the properties that a device of its kind reports.
 TARGETS = {
@@ -84,13 +92,14 @@ def use(target: str) -> _Driver:
     gpu, device = TARGETS[target]
     driver = _Driver(gpu)
     triton.runtime.driver.set_active(driver)
-    launch.device_of = softmax_loss.device_of = sigmoid_loss.device_of = lambda _: device
+    for module in (launch, softmax_loss, sigmoid_loss, column_sums):
+        module.device_of = lambda _: device
     return driver
 
 
 def kernels() -> list[triton.JITFunction]:
     """Every kernel that launchers launch."""
-    modules = (softmax_loss, planes, target_and_rest, sigmoid_loss)
+    modules = (softmax_loss, planes, target_and_rest, sigmoid_loss, multilabel_softmax, column_sums)
     found = [x for module in modules for x in vars(module).values() if isinstance(x, triton.JITFunction)]
     return [x for x in found if x.fn.__module__ in {module.__name__ for module in modules}]
 
@@ -222,6 +231,59 @@ def call_sigmoid(driver: _Driver, **case) -> None:
     else:
         sigmoid_loss.sigmoid_loss(logits, *call, True)
 
+
+def call_with_labels(driver: _Driver, **case) -> None:
+    """The same of multilabel_softmax and column_sums."""
+    num_rows, num_classes = case.get("rows", 8), case["classes"]
+    dtype = DTYPES[case["dtype"]]
+    statistics = accumulate_dtype(dtype)
+    pixels = case.get("pixels", 0)
+    logits = torch.empty((num_rows, num_classes, pixels) if pixels else (num_rows, num_classes), dtype=dtype)
+    num_rows = num_rows * max(1, pixels)
+    target = {
+        "labels": lambda: torch.zeros(num_rows, dtype=torch.int64),
+        "lists": lambda: torch.zeros(num_rows, case.get("length", 5), dtype=torch.int64),
+        "bool": lambda: torch.zeros(logits.shape, dtype=torch.bool),
+        "float": lambda: torch.zeros(logits.shape, dtype=dtype),
+    }[case["labels"]]()
+    weight = torch.ones(num_rows, dtype=statistics) if case.get("sample_weight") else None
+    bias = torch.ones(num_classes, dtype=statistics) if case.get("prior") else None
+    ignore_index = case.get("ignore_index", -100)
+    sums = (logits, target, weight, ignore_index)
+    upstream = torch.ones(num_classes, dtype=statistics)
+    losses = (logits, target, bias, weight, torch.ones((), dtype=statistics), ignore_index, "sum")
+    {
+        "sums": lambda: column_sums.column_sums(*sums),
+        "sums backward": lambda: column_sums.column_sums_backward(*sums, upstream, upstream),
+        "loss": lambda: multilabel_softmax.multilabel_softmax(*losses, False),
+        "loss and gradient": lambda: multilabel_softmax.multilabel_softmax(*losses, True),
+        "gradient": lambda: multilabel_softmax.multilabel_softmax_backward(*losses, torch.ones((), dtype=statistics)),
+    }[case["operation"]]()
+
+
+LABELS = [
+    {"operation": operation, "dtype": dtype, "labels": labels, "classes": num_classes, **options}
+    for operation, options in (
+        ("loss and gradient", {"prior": True, "sample_weight": True}),
+        ("loss", {}),
+        ("gradient", {}),
+        ("sums", {"sample_weight": True}),
+        ("sums backward", {}),
+    )
+    for dtype, labels, num_classes in (
+        ("bfloat16", "labels", 91),
+        ("bfloat16", "lists", 1000),
+        ("bfloat16", "bool", 32000),
+        ("float32", "float", 1000),
+        ("float32", "lists", 32000),
+        ("float16", "float", 3),
+        ("float64", "bool", 1000),
+    )
+] + [
+    {"operation": operation, "dtype": dtype, "labels": labels, "classes": 19, "pixels": 4096}
+    for operation in ("sums", "sums backward")
+    for dtype, labels in (("bfloat16", "labels"), ("float32", "bool"), ("float16", "lists"), ("float64", "float"))
+]
 
 # The lines of the benchmark: loss and gradient of cross-entropy and of focal + prior, with a normalizer.
 MAIN = [
@@ -387,7 +449,8 @@ def run(target: str, cases: list[dict]) -> None:
     driver = use(target)
     for case in cases:
         before, launches = set(compiled()), driver.launches
-        (call_sigmoid if "shape" in case else call)(driver, **case)
+        kind = call_sigmoid if "shape" in case else call_with_labels if "labels" in case else call
+        kind(driver, **case)
         new = [describe(*found) for key, found in compiled().items() if key not in before]
         print(json.dumps({"case": case, "launches": driver.launches - launches, "compiled": new}), flush=True)
 
@@ -408,6 +471,21 @@ SAME = [
     )
 ]
 
+SAME_LABELS = [
+    {"operation": operation, "dtype": "bfloat16", "labels": "lists", "classes": 1024, **change}
+    for operation in ("loss and gradient", "sums")
+    for change in (
+        {"rows": 8},
+        {"rows": 1},
+        {"rows": 16},
+        {"rows": 4099},
+        {"classes": 992},
+        {"length": 1},
+        {"length": 16},
+        {"ignore_index": 1},
+    )
+]
+
 CLUSTERS = [{**case, "operation": "in place"} for case in MAIN if case["classes"] > 16384] + [
     {"dtype": "bfloat16", "classes": 250002, "objective": "focal", "map": "prior"},
     {"dtype": "float32", "classes": 128256, "weighting": "weighted smoothing"},
@@ -417,6 +495,7 @@ CLUSTERS = [{**case, "operation": "in place"} for case in MAIN if case["classes"
 def main() -> None:
     sets = {"main": MAIN + PROBABILITIES, "same": SAME, "clusters": CLUSTERS, "planes": PLANES, "pairs": pairwise()}
     sets |= {"sigmoid": SIGMOID, "sigmoid all": SIGMOID_ALL, "sigmoid same": SIGMOID_SAME}
+    sets |= {"labels": LABELS, "same labels": SAME_LABELS}
     if len(sys.argv) != 3 or sys.argv[1] not in TARGETS or sys.argv[2] not in sets:
         sys.exit(f"triton_compile.py: give a target ({', '.join(TARGETS)}) and a set of cases ({', '.join(sets)})")
     target, which = sys.argv[1:]

@@ -144,9 +144,8 @@ def _clipped_focal(t, gamma, clip, halves: tl.constexpr):
     # log(1 - m): of a small m by log1p, whose argument is at most 1; of a large one by the logarithm
     small = m < 0.5
     cost = tl.where(small, log1p_unit(tl.where(small, m / rest, 0.0)), -tl.log(rest))
-    ratio = tl.where(m > 0, cost / tl.where(m > 0, m, 1.0), 1.0)
     power = power_of(m, tl.log(m), gamma, halves)
-    slope = (t.p * t.n) * power * (1.0 / rest + gamma * ratio)
+    slope = (t.p * t.n) * power * (1.0 / rest + gamma * (cost / m))  # 0 / 0 below the clip
     return power * cost, -tl.where(counts, slope, m)
 
 

@@ -90,9 +90,9 @@ def _load(
     tiles_of_image = tl.cdiv(steps.pixels, ROWS)
     image = (tile // tiles_of_image).to(tl.int64)
     at = (tile % tiles_of_image).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    end = (image + 1) * steps.pixels  # of the image's rows
-    index = tl.where(at < steps.pixels, image * steps.pixels + at, end)
-    counted = counted_rows(index, end, steps.classes, ignore_index, tensors.labels, tensors.sample_weight, dtype)
+    exists = at < steps.pixels
+    index = image * steps.pixels + at
+    counted = counted_rows(index, exists, steps.classes, ignore_index, tensors.labels, tensors.sample_weight, dtype)
     columns = column_block * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = columns < steps.classes
     index = index[:, None]
@@ -105,8 +105,9 @@ def _load(
     else:
         place = at * steps.stride + columns
         contiguous = at * steps.classes + columns
-    x = tl.load(tensors.logits + place, mask=is_read & inside, other=0.0, eviction_policy="evict_first")
-    x = widened(x)
+    exists = exists[:, None] & inside  # not what is read: of pixels that would keep loads from being vectors
+    x = tl.load(tensors.logits + place, mask=exists, other=0.0, eviction_policy="evict_first")
+    x = tl.where(is_read, widened(x), 0.0)
     label = counted.label[:, None]
     y = load_labels(tensors.labels, index, columns, contiguous, label, is_read, inside, ignore_index, list_length).to(
         dtype
@@ -118,7 +119,7 @@ def _load(
     poison = tl.where(counted.outside, float("nan"), 0.0).to(dtype)[:, None]
     p = tl.where(x > 0, larger, smaller)
     n = tl.where(x > 0, smaller, larger)
-    return Block(p, n, y, weight, poison, contiguous, counted.exists[:, None] & inside)
+    return Block(p, n, y, weight, poison, contiguous, exists)
 
 
 @triton.jit(do_not_specialize=SIZES)

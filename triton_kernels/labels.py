@@ -26,7 +26,6 @@ class Labels(NamedTuple):
 class Counted(NamedTuple):
     """What rows there are and how much they count; of the shape of their index."""
 
-    exists: Any
     is_read: Any
     outside: Any  # the label is neither a class, nor the background, nor ignored: NaN
     label: Any  # class, -1 where there is none
@@ -53,9 +52,8 @@ def labels_of(logits: Tensor, target: Tensor, num_rows: int) -> Labels:
 
 
 @triton.jit
-def counted_rows(index, num_rows, classes, ignore_index, labels, sample_weight, dtype: tl.constexpr):
-    """Return Counted of the rows at `index`."""
-    exists = index < num_rows
+def counted_rows(index, exists, classes, ignore_index, labels, sample_weight, dtype: tl.constexpr):
+    """Return Counted of the rows at `index`, as far as they exist."""
     is_read = exists
     outside = index < 0
     label = (index * 0 - 1).to(tl.int32)
@@ -70,7 +68,7 @@ def counted_rows(index, num_rows, classes, ignore_index, labels, sample_weight, 
         outside = is_read & (valid == 0)
         is_read = is_read & valid
         label = tl.where(is_read, given, -1).to(tl.int32)
-    return Counted(exists, is_read, outside, label, weight)
+    return Counted(is_read, outside, label, weight)
 
 
 @triton.jit

@@ -143,7 +143,7 @@ def _counted(index, num_rows, classes, ignore_index, rows, reduction):
     limit = num_rows
     if reduction.normalizer is not None:
         limit = tl.where(tl.load(reduction.normalizer) == 0, 0, num_rows)
-    return counted_rows(index, limit, classes, ignore_index, rows.labels, reduction.sample_weight, dtype)
+    return counted_rows(index, index < limit, classes, ignore_index, rows.labels, reduction.sample_weight, dtype)
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -288,9 +288,8 @@ struct Math<cpu::Lanes<T, Bytes>> {
     const L at_zero_or_nan = select(equal(x, L(T(0))), -infinity(), x);
     return select(less(L(T(0)), x), result, at_zero_or_nan);
   }
-  // As the logarithm of 1 + x, but where that has no exponent its mantissa's distance from 1 is x itself.
-  static IMBALANCE_INLINE L log1p(L x) {
-    const L sum = L(T(1)) + x;
+  // As the logarithm of the sum, but where that has no exponent its mantissa's distance from 1 is x itself.
+  static IMBALANCE_INLINE L log1p(L x, L sum) {
     const Mask bits = cpu::bit_cast<Mask>(sum.v);
     const Mask exponent = (bits - P::sqrt_half) >> P::mantissa;
     const L mantissa(cpu::bit_cast<typename L::Vector>(bits - (exponent << P::mantissa)));

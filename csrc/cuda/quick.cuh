@@ -74,10 +74,7 @@ struct Math<Quick> {
     return a * (series * a + 0.9999998211860657f);
   }
   // For x in (-1, 0].
-  static IMBALANCE_INLINE Quick log1p(Quick x) {
-    const Quick rest = Quick(1.0f) + x;
-    return x.value > -0.5f ? -log1p_unit(-x / rest) : log(rest);
-  }
+  static IMBALANCE_INLINE Quick log1p(Quick x, Quick sum) { return x.value > -0.5f ? -log1p_unit(-x / sum) : log(sum); }
 };
 
 IMBALANCE_INLINE Quick operator/(Quick a, Quick b) { return a.value * Math<Quick>::reciprocal(b.value); }

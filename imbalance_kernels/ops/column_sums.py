@@ -20,8 +20,6 @@ from imbalance_kernels.options import accumulate_dtype
 
 __all__ = ["ColumnSums", "column_sums"]
 
-LACKING = ("cuda",)
-
 
 class ColumnSums(NamedTuple):
     """What a batch sums up to, weighted by sample_weight; float32, float64 for float64 logits."""
@@ -87,7 +85,7 @@ def column_sums(
         choose(impl, input, lacking=("cpu", "triton", "cuda"))
         chosen = "reference"
     else:
-        chosen = choose(impl, input, LACKING)
+        chosen = choose(impl, input)
     if chosen != "cpu":
         check_label_range(labels, ignore_index)
     sample_weight = check_row_weights(labels, sample_weight)

@@ -22,8 +22,6 @@ from imbalance_kernels.options import MultilabelOptions, accumulate_dtype
 
 __all__ = ["multilabel_softmax"]
 
-LACKING = ("cuda",)
-
 
 def multilabel_softmax(
     input: Tensor,
@@ -41,7 +39,7 @@ def multilabel_softmax(
     logits, num_classes = labels.logits, labels.logits.shape[1]
     check_reduction(options.reduction)
     check_class_vector("prior", options.bias, num_classes)
-    chosen = choose(impl, input, LACKING)
+    chosen = choose(impl, input)
     if options.inplace:
         check_inplace(input, labels, class_dim)
     if chosen != "cpu":

@@ -19,7 +19,7 @@ from torch.utils import cpp_extension
 TESTS = build.EMULATION.parent
 TABLES = (
     *("cuda", "softmax_loss", "sigmoid_loss", "channels_first", "linear", "numerics", "modules", "properties"),
-    "behaviour",
+    *("behaviour", "multilabel_softmax", "batch_statistics"),
 )
 SOURCES = [build.CSRC / "bindings.cpp", *sorted(build.CSRC.glob("cuda/*.cu"))]
 
