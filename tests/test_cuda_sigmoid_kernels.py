@@ -35,7 +35,7 @@ MUTANTS = [
         "warps that are none", "block_sum.cuh: sum_over_block", {"lane < warps": "true"}, "labels", r"index \d+ out"
     ),
     Mutant("every thread writes the sum", f"{FILE}: write_sum", {"threadIdx.x == 0": "true"}, "labels", RACE, "thread"),
-    Mutant("a sum of all", f"{FILE}: write_sum", {"sum * a.share": "sum"}, "labels", WRONG),
+    Mutant("a sum of all", f"{FILE}: write_sum", {"sum * a.share": "sum"}, "packs_dense", WRONG),
     Mutant(
         "every thread writes the count",
         "sigmoid_loss.cu: count_labels",
@@ -59,10 +59,16 @@ MUTANTS = [
         WRONG,
     ),
     # Which logits
-    Mutant("a quotient one less", f"{FILE}: operator()", {"remainder >= by_": "false"}, "labels", WRONG + "|" + BEYOND),
+    Mutant(
+        "a quotient one less",
+        f"{FILE}: operator()",
+        {"remainder >= by_": "false"},
+        "apart_vectors",
+        f"{WRONG}|{BEYOND}",
+    ),
     Mutant("labels: a pack too many", LABELS, {"i * step < left#0": "i * step <= left"}, "labels", BEYOND),
     Mutant("labels: a pack is written too many", LABELS, {"i * step < left#1": "true"}, "labels", BEYOND),
-    Mutant("labels: another row", LABELS, {"column >= a.classes": "column > a.classes"}, "labels", WRONG),
+    Mutant("labels: another row", LABELS, {"++row;": ""}, "labels", WRONG),
     Mutant(
         "labels: the first packs again",
         LABELS,
@@ -75,7 +81,7 @@ MUTANTS = [
     Mutant("packs: a class too many", f"{FILE}: stretch_of", {"a.classes - c": "kClassesOfAShare"}, "images", BEYOND),
     Mutant("packs: pixels beyond", f"{FILE}: stretch_of", {"unit < a.units": "true"}, "images", BEYOND),
     Mutant("apart: beyond", f"{FILE}: logits_apart", {"place < a.count": "place <= a.count"}, "apart_lists", BEYOND),
-    Mutant("apart: the first instead of the last", APART, {"a.first + ": "0 + "}, "labels_last", WRONG),
+    Mutant("apart: the first instead of the last", APART, {"a.first": "0"}, "labels_last", WRONG),
     Mutant(
         "apart: another class", APART, {"column >= length": "column > length"}, "apart_vectors", WRONG + "|" + BEYOND
     ),
@@ -119,20 +125,33 @@ MUTANTS = [
     ),
     Mutant("apart: what weighs nothing is looked at", APART, {"weight == T(0)": "false"}, "apart_row_weights", WRONG),
     Mutant("no upstream gradient", f"{FILE}: settle", {"slopes[k] *= upstream[k];": ""}, "labels_upstream", WRONG),
-    Mutant("nothing counts", LABELS, {"bits.off = all_bits(width);": ""}, "labels_nothing", WRONG),
+    Mutant("nothing counts", LABELS, {"if (nothing) bits.off = all_bits(width);": ""}, "labels_nothing", WRONG),
     # What is no vector
     *(
         Mutant(f"unaligned {name}", PLAN, {text: "true"}, case, found)
         for name, text, case, found in [
-            ("logits", "at_packs(call.logits)", "apart_offset", MISALIGNED),
+            ("logits", "at_packs(call.logits)", "apart_offset_alone", MISALIGNED),
             ("gradient", "at_packs(call.d_logits)", "apart_gradient_offset", MISALIGNED),
-            ("vectors", "at_packs(call.bias)", "apart_unaligned_vectors", WRONG),
             ("pixels", "call.pixels % width == 0", "apart_images", f"{WRONG}|{MISALIGNED}|{BEYOND}"),
             ("rows", "call.classes % width == 0", "apart_vectors", f"{WRONG}|{MISALIGNED}|{BEYOND}"),
         ]
     ),
     Mutant(
-        "rows that are apart", PLAN, {"call.image_stride == call.classes": "true"}, "apart_strided", f"{WRONG}|{BEYOND}"
+        "rows that are apart",
+        PLAN,
+        {"call.image_stride == call.classes": "true", "call.gradient_image_stride == call.classes": "true"},
+        "apart_strided",
+        f"{WRONG}|{BEYOND}",
+    ),
+    Mutant(
+        "unaligned vectors",
+        PLAN,
+        {
+            f"at_packs(call.{vector})": "true"
+            for vector in ("positive_weight", "negative_weight", "bias", "class_parameter")
+        },
+        "apart_unaligned_vectors",
+        MISALIGNED,
     ),
     Mutant("lists of pixels", PLAN, {"!call.lists": "true"}, "apart_images_lists", WRONG),
     # Offsets of 32 bits

@@ -44,9 +44,9 @@ enum Option : unsigned {
   kMean = 1 << 10,     // a divisor
   kNothing = 1 << 11,  // the normalizer is 0
   kUnalignedVectors = 1 << 12,
-  kGradientOffset = 1 << 13,
-  kFar = 1 << 14,           // rows are 2^30 numbers apart
-  kIgnoredClass = 1 << 15,  // a class is what is ignored
+  kGradientOffset = 1 << 13,  // it is aligned where the logits are not, or the other way round
+  kFar = 1 << 14,             // rows are 2^30 numbers apart
+  kIgnoredClass = 1 << 15,    // a class is what is ignored
 };
 
 struct Case {
@@ -111,12 +111,13 @@ constexpr Case kCases[] = {
     {"apart_strided", 33, 20, 0, kMean, 4},
     {"apart_offset", 33, 20, 0, 0, 0, 1},
     {"apart_gradient_offset", 33, 20, 0, kGradientOffset},
+    {"apart_offset_alone", 33, 20, 0, kGradientOffset, 0, 1},
     {"apart_row_weights", 33, 7, 0, kRowWeights | kUpstream},
     {"apart_dense", 33, 7, 0, kDense | kWeights},
     {"apart_lists", 33, 7, 0, kLists | kLosses},
     {"apart_booleans", 33, 7, 0, kBooleans},
     {"apart_nothing", 33, 7, 0, kDense | kNothing},
-    {"apart_images", 3, 5, 63, kVectors | kRowWeights},
+    {"apart_images", 3, 5, 63, kVectors | kRowWeights, 1},
     {"apart_images_lists", 2, 5, 36, kLists},
     {"apart_blocks", 43, 91, 0, kVectors},
     {"apart_far", 3, 5, 0, kFar},
@@ -335,7 +336,7 @@ double tolerance_of(Dtype dtype) {
 void run_case(const Case& c) {
   const Problem problem(c);
   in_every_order([&] {
-    Lines gradient(c, c.has(kGradientOffset));
+    Lines gradient(c, !c.has(kGradientOffset) ? 0 : c.offset > 0 ? -c.offset : 1);
     if (c.has(kInPlace)) {
       for (std::size_t i = 0; i < problem.count; ++i) gradient.set(i, problem.logits.get(i));
     }
