@@ -46,7 +46,10 @@ OLDEST_SETUPTOOLS = 77  # an older one does not read our pyproject.toml
 VERSIONS = ("torch", "triton", "numpy", "liger-kernel", "flash-linear-attention", "quack-kernels", "cut-cross-entropy")
 
 # Seconds that a step may take, beside what those before it have left; eight minutes in all.
-SECONDS = {"build": 105, "kernels": 15, "tests": 130, "memcheck": 45, "racecheck": 45, "benchmark": 100, "linear": 40}
+SECONDS = {
+    **{"build": 130, "kernels": 15, "tests": 130, "memcheck": 40, "racecheck": 40},
+    **{"benchmark": 70, "linear": 30, "sigmoid": 25},
+}
 
 KERNELS = """
 import sys, torch, imbalance_kernels as ik
@@ -55,6 +58,7 @@ impl, device = sys.argv[1:]
 chosen = ik.implementation.choose(None if impl == "None" else impl, torch.empty(1, device=device))
 sys.exit(0 if chosen == "cuda" else f"{chosen} kernels would run, not the CUDA ones")
 """
+DTYPES = ["bfloat16", "float32"]
 NOT_FOUND = "compute-sanitizer not found in the toolkit or on PATH"
 NOT_EMULATED = "no emulation of the CUDA kernels: make test-emulated builds one"
 PASSED, FAILED, OUT_OF_TIME, NOT_RUN = "passed", "failed", "out of time", "not run"
@@ -107,6 +111,9 @@ def steps_on_gpu(folder: Path) -> list[Step]:
         sanitize("racecheck", {}),
         Step("benchmark", [*benchmark_command(folder), "--device", "cuda"]),
         Step("linear", [*linear_command(folder), "--device", "cuda", "--dtypes", "bfloat16", "--no-compile"]),
+        Step(
+            "sigmoid", [*sigmoid_command(folder), "--device", "cuda", "--dtypes", "bfloat16", "float32", "--no-compile"]
+        ),
     ]
 
 
@@ -134,6 +141,7 @@ def steps_on_cpu(folder: Path) -> list[Step]:
         Step("racecheck", cases, stand_ins, not_run),
         Step("benchmark", [*benchmark_command(folder), *tiny, "--no-compile"], stand_ins),
         Step("linear", [*linear_command(folder), "--device", "cpu", "--quick"]),
+        Step("sigmoid", [*sigmoid_command(folder), "--device", "cpu", "--quick", "--samples", "2"]),
     ]
 
 
@@ -148,6 +156,10 @@ def benchmark_command(folder: Path) -> list[str]:
 
 def linear_command(folder: Path) -> list[str]:
     return [sys.executable, "bench/bench_linear.py", "--no-losses", "--output", str(folder)]
+
+
+def sigmoid_command(folder: Path) -> list[str]:
+    return [sys.executable, "bench/bench_sigmoid_loss.py", "--output", str(folder)]
 
 
 def run(step: Step, folder: Path, limit: float) -> dict:

@@ -16,6 +16,7 @@ from pathlib import Path
 import oracle
 import pytest
 import test_behaviour
+import test_sigmoid_loss as sigmoid_table
 import test_softmax_loss as table
 import test_triton
 import torch
@@ -23,7 +24,8 @@ from implementations import EMULATED, STAND_INS
 from oracle import worst_row_error
 
 import imbalance_kernels as ik
-from imbalance_kernels.functional import softmax_loss
+from imbalance_kernels.binary_objectives import BINARY_REGISTRY
+from imbalance_kernels.functional import column_sums, multilabel_softmax_loss, sigmoid_loss, softmax_loss
 from imbalance_kernels.logit_map import LogitMap
 from imbalance_kernels.objectives import REGISTRY, Focal
 from imbalance_kernels.ops.kernel_arguments import split_arguments
@@ -73,6 +75,72 @@ def test_option(option, dtype, shape, impl):
     for name, reduction in (("cross_entropy", "mean"), ("focal", "none"), ("focal", "mean")):
         exact = {"objective": name, "parameters": REGISTRY[name]().parameters(), **options}
         check(logits, target, impl, reduction, {"objective": REGISTRY[name](), **options}, exact, shape=shape)
+
+
+def check_sigmoid(logits, target, impl, reduction, ours, exact):
+    ours = {name: moved(value) for name, value in ours.items()}
+    sigmoid_table.check(logits, target, impl, reduction, ours, exact, device=DEVICE)
+
+
+@each_impl
+@pytest.mark.parametrize("shape", [*sigmoid_table.SHAPES, (1000, 80)], ids=str)
+@each_dtype
+@pytest.mark.parametrize("name", BINARY_REGISTRY)
+def test_sigmoid_objective(name, dtype, shape, impl):
+    logits = sigmoid_table.make_logits(shape, dtype)
+    objective = BINARY_REGISTRY[name]()
+    exact = {"objective": name, "parameters": objective.parameters()}
+    for kind in sigmoid_table.TARGETS:
+        target = sigmoid_table.make_target(kind, *shape, dtype)
+        for reduction in ("mean", "none"):
+            check_sigmoid(logits, target, impl, reduction, {"objective": objective}, exact)
+
+
+@each_impl
+@pytest.mark.parametrize("shape", [(257, 1), (33, 91), (2, 5001)], ids=str)
+@each_dtype
+@pytest.mark.parametrize("option", sigmoid_table.OPTIONS)
+def test_sigmoid_option(option, dtype, shape, impl):
+    logits, options = sigmoid_table.make_logits(shape, dtype), sigmoid_table.OPTIONS[option](shape[1])
+    for name, kind, reduction in (("focal", "labels", "mean"), ("cross_entropy", "soft", "none")):
+        objective = BINARY_REGISTRY[name]()
+        exact = {"objective": name, "parameters": objective.parameters(), **options}
+        target = sigmoid_table.make_target(kind, *shape, dtype)
+        check_sigmoid(logits, target, impl, reduction, {"objective": objective, **options}, exact)
+
+
+@each_impl
+@each_dtype
+def test_losses_of_labels_are_those_of_the_reference(dtype, impl):
+    """Sigmoid losses of images, the multi-label softmax, and sums over a batch, in float64 on CPU."""
+    labels = torch.randint(-1, 20, (3, 8, 9))
+    images = torch.randn(3, 19, 8, 9).to(dtype)
+    lists = torch.where(torch.rand(50, 4) < 0.5, torch.randint(91, (50, 4)), -1)
+    rows = torch.randn(50, 91).to(dtype)
+
+    def sums(logits, target, **keywords):
+        found = column_sums(logits, target, **keywords)
+        return torch.cat([found.predicted, found.true_positives])
+
+    for function, logits, target in (
+        (sigmoid_loss, images, labels),
+        (multilabel_softmax_loss, rows, lists),
+        (sums, rows, lists),
+        (sums, images, labels),
+    ):
+        exact = logits.double().requires_grad_()
+        expected = function(exact, target, ignore_index=-1, impl="reference")
+        x = logits.to(DEVICE).requires_grad_()
+        found = function(x, target.to(DEVICE), ignore_index=-1, impl=impl)
+        upstream = torch.randn_like(expected)
+        gradients = [
+            torch.autograd.grad(value, leaf, upstream.to(value.device, value.dtype))[0].cpu().double()
+            for value, leaf in ((found, x), (expected, exact))
+        ]
+        torch.testing.assert_close(found.detach().cpu().double(), expected.detach(), rtol=1e-5, atol=1e-6)
+        size = float(gradients[1].abs().max())
+        tolerance = table.GRADIENT_TOLERANCE[dtype] if dtype != torch.float16 else 3e-3
+        torch.testing.assert_close(*gradients, rtol=2 * tolerance, atol=tolerance * size)
 
 
 @each_impl
