@@ -857,7 +857,7 @@ struct Cuda {
       call.losses = losses.mutable_data_ptr();
     }
     if (reduction == "mean" && !normalizer) {
-      divisor = mean_divisor(logits, sums);
+      divisor = mean_divisor(logits, call.rows, sums);
       loss.divisor = sums.divisor = divisor.const_data_ptr();
     }
     check_launch(cuda::multilabel_rows(loss, current_stream()));
