@@ -240,7 +240,7 @@ def test_machine_code_of_planes(compiled, dtype):
 
 
 # Instructions for each number of halves in rows with class labels, of packs without a positive and with one:
-# unpacked, its two approximations, value and slope, summed. Beside them a pack has about 60, and a copy on an H200
+# unpacked, its two approximations, value and slope, summed. Beside them a pack has about 50, and a copy on an H200
 # leaves about 27 issue slots for each number, 54 of float32.
 LOGIT_INSTRUCTIONS = {
     "10OfRegistryILNS_13ObjectiveKindE0EE": (19.6, 24.4),  # cross-entropy
@@ -262,8 +262,8 @@ def test_machine_code_of_logits(compiled, dtype):
         assert count("LDL|STL", code) == 0, (name, objective)
         if name == "logits_of_labels":
             assert count(r"LDG\S*\.EF\.128", code) >= 4, objective  # the rest are upstream gradients
-            # Gradients, and losses in float.
-            assert count(r"STG\S*\.EF\.128", code) == 4 + 4 * width // 4, objective
+            # Gradients of most packs and of the others, and losses in float.
+            assert count(r"STG\S*\.EF\.128", code) == 2 * 4 + 4 * width // 4, objective
         known = next((of for of in LOGIT_INSTRUCTIONS if objective.endswith(of)), None)
         if name != "logits_of_labels" or known is None:
             continue

@@ -67,7 +67,7 @@ MUTANTS = [
         f"{WRONG}|{BEYOND}",
     ),
     Mutant("labels: a pack too many", LABELS, {"i * step < left#0": "i * step <= left"}, "labels", BEYOND),
-    Mutant("labels: a pack is written too many", LABELS, {"i * step < left#1": "true"}, "labels", BEYOND),
+    Mutant("labels: a pack is written too many", LABELS, {"i * step < left_again": "true"}, "labels", BEYOND),
     Mutant("labels: another row", LABELS, {"++row;": ""}, "labels", WRONG),
     Mutant(
         "labels: the first packs again",
@@ -86,7 +86,9 @@ MUTANTS = [
         "apart: another class", APART, {"column >= length": "column > length"}, "apart_vectors", WRONG + "|" + BEYOND
     ),
     # Labels
-    Mutant("labels: a label that is ignored", LABELS, {"label != ignored": "true"}, "labels_ignored_class", WRONG),
+    Mutant(
+        "labels: a label that is ignored", LABELS, {"label != a.ignored_label": "true"}, "labels_ignored_class", WRONG
+    ),
     Mutant("labels: a label that is none", LABELS, {"label <= classes": "true"}, "labels", WRONG),
     Mutant("labels: half a label", LABELS, {"labels_of_packs[i] >> 32 == 0": "true"}, "labels", WRONG),
     Mutant("labels: one row a pack", LABELS, {"of_row >= width": "true"}, "labels_odd", WRONG),
@@ -125,6 +127,13 @@ MUTANTS = [
     ),
     Mutant("apart: what weighs nothing is looked at", APART, {"weight == T(0)": "false"}, "apart_row_weights", WRONG),
     Mutant("no upstream gradient", f"{FILE}: settle", {"slopes[k] *= upstream[k];": ""}, "labels_upstream", WRONG),
+    Mutant(
+        "upstream gradients are more",
+        f"{FILE}: logits_of",
+        {"call.upstream != nullptr": "false"},
+        "labels_upstream",
+        WRONG,
+    ),
     Mutant("nothing counts", LABELS, {"if (nothing) bits.off = all_bits(width);": ""}, "labels_nothing", WRONG),
     # What is no vector
     *(

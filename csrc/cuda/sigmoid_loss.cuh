@@ -107,6 +107,7 @@ struct Logits {
   const void* dense;
   LabelType label_type;
   std::int64_t ignore_index;
+  unsigned ignored_label;  // the same where it is 0 to C, else 2^32 - 1: labels up to C are 32-bit integers
 
   T positive, negative, parameter;
   const T* positive_weight;
@@ -123,6 +124,7 @@ struct Logits {
   T share;
   T* losses;
   T* sums;
+  bool does_more;  // than to add up losses and to write a gradient
 
   // Nothing counts, so that nothing is read.
   __device__ __forceinline__ bool is_nothing() const { return normalizer != nullptr && *normalizer == T(0); }
@@ -549,11 +551,9 @@ __global__ void __launch_bounds__(kLogitThreads, kLabelBlocks)
   using T = Accumulate<S>;
   constexpr int width = Pack<S>::width, step = kLogitThreads * width;
   const T scale = a.gradient_scale(), scale_of_positive = a.positive * scale, scale_of_negative = a.negative * scale;
-  const bool nothing = a.is_nothing(), more = nothing || a.upstream != nullptr || a.losses != nullptr;
-  // Labels up to C are 32-bit integers, and one of them may be ignored.
+  const bool nothing = a.is_nothing();
+  const int more = nothing || a.does_more;  // than most calls: one register to look at
   const auto classes = static_cast<unsigned>(a.classes);
-  const unsigned ignored =
-      a.ignore_index >= 0 && a.ignore_index <= a.classes ? static_cast<unsigned>(a.ignore_index) : ~0u;
 
   const std::int64_t block = static_cast<std::int64_t>(blockIdx.x) * kRowPacks * step;
   const int of_block = static_cast<int>(min(a.count - block, std::int64_t{kRowPacks} * step));
@@ -581,7 +581,7 @@ __global__ void __launch_bounds__(kLogitThreads, kLabelBlocks)
       columns[i] = column;
       if (i * step < left) {
         packs[i] = Pack<S>::load(logits + i * step, Reads::once);
-        labels_of_packs[i] = labels[row];
+        labels_of_packs[i] = __ldg(labels + row);
       }
       row += static_cast<unsigned>(a.step_rows);
       column += a.step_columns;
@@ -590,15 +590,17 @@ __global__ void __launch_bounds__(kLogitThreads, kLabelBlocks)
         ++row;
       }
     }
+    int left_again = left;  // compared anew, which costs less than to remember
+    forget(left_again);
 #pragma unroll
     for (int i = 0; i < kLogitPacks; ++i) {
-      const bool there = i * step < left;
+      const bool there = i * step < left_again;
       Bits bits{0, 0, 0};
       bool usual = true;
       if (there) {
         const auto label = static_cast<unsigned>(labels_of_packs[i]), place = label - static_cast<unsigned>(columns[i]);
         const int of_row = a.classes - columns[i];
-        usual = labels_of_packs[i] >> 32 == 0 && label <= classes && label != ignored && of_row >= width;
+        usual = labels_of_packs[i] >> 32 == 0 && label <= classes && label != a.ignored_label && of_row >= width;
         bits.positive = place < static_cast<unsigned>(width) ? 1u << place : 0u;
         if (!usual) bits = bits_of_rows(a, block + group + mine + i * step);
       }
@@ -619,7 +621,9 @@ __global__ void __launch_bounds__(kLogitThreads, kLabelBlocks)
         for (int k = 0; k < width; ++k) cost(k, false);
       }
       if (!there) continue;
-      if (more || !usual) {
+      if (more == 0 && usual) {
+        Pack<S>::of_values(slopes).store(gradient + i * step);
+      } else {
         const std::int64_t place = block + group + mine + i * step;
         if (nothing) bits.off = all_bits(width);
 #pragma unroll
@@ -629,9 +633,9 @@ __global__ void __launch_bounds__(kLogitThreads, kLabelBlocks)
 #pragma unroll
         for (int k = 0; k < width; ++k) of_pack += values[k];
         if (a.losses != nullptr) store_beside(a.losses + place, values);
+        if (a.gradient != nullptr) Pack<S>::of_values(slopes).store(gradient + i * step);
       }
       sum += of_pack;
-      if (a.gradient != nullptr) Pack<S>::of_values(slopes).store(gradient + i * step);
     }
     logits += kLogitPacks * step;
     gradient += kLogitPacks * step;
@@ -872,6 +876,9 @@ Logits<S> logits_of(const SigmoidLossArguments& arguments) {
   a.share = static_cast<T>(arguments.share);
   a.losses = static_cast<T*>(call.losses);
   a.sums = static_cast<T*>(arguments.sums);
+  const bool ignores_label = call.ignore_index >= 0 && call.ignore_index <= call.classes;
+  a.ignored_label = ignores_label ? static_cast<unsigned>(call.ignore_index) : ~0u;
+  a.does_more = call.upstream != nullptr || call.losses != nullptr || call.d_logits == nullptr;
   return a;
 }
 
