@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imbalance_kernels.objectives import CrossEntropy
 from imbalance_kernels.ops import column_sums as column_sums_op
 from imbalance_kernels.ops.column_sums import ColumnSums
 from imbalance_kernels.ops.sigmoid_loss import sigmoid_loss
@@ -212,7 +213,7 @@ def f1_weighted_cross_entropy(
         f1,
         input,
         target,
-        SigmoidOptions(ignore_index=ignore_index, reduction=reduction, inplace=inplace),
+        SigmoidOptions(CrossEntropy(), ignore_index=ignore_index, reduction=reduction, inplace=inplace),
         sample_weight=sample_weight,
         normalizer=normalizer,
         class_dim=class_dim,
@@ -295,7 +296,8 @@ class F1WeightedCrossEntropyLoss(torch.nn.Module):
     """``loss = -(1 - F1/2) y log p - (F1/2) (1 - y) log(1 - p)``, F1 a constant, of the batch or a running average.
 
     A running average is one of the sums that F1 is made of, never of F1s: ``sums = momentum sums + (1 - momentum)
-    batch's``, in a buffer of the state dict that training updates and evaluation reads. Of a batch alone see
+    batch's``, divided by what the batches weigh so far, in buffers of the state dict that training updates and
+    evaluation reads. A batch whose sums are not finite is left out. Of a batch alone see
     imbalance_kernels.functional.f1_weighted_cross_entropy.
 
     Args:
@@ -314,6 +316,7 @@ class F1WeightedCrossEntropyLoss(torch.nn.Module):
     """
 
     running_sums: Tensor | None  # (3, C) float32: predicted, true positives, positives
+    running_weight: Tensor | None  # () what the batches in them weigh: less than 1 after the first ones
 
     def __init__(
         self,
@@ -347,6 +350,7 @@ class F1WeightedCrossEntropyLoss(torch.nn.Module):
         self.impl = impl
         running = None if num_classes is None else torch.zeros(3, num_classes, dtype=torch.float32)
         self.register_buffer("running_sums", running)
+        self.register_buffer("running_weight", None if running is None else torch.zeros(()))
 
     def forward(
         self,
@@ -364,47 +368,75 @@ class F1WeightedCrossEntropyLoss(torch.nn.Module):
             sample_weight: weights of rows, of F1's sums too; a row of weight 0 costs exactly 0.
             normalizer: a number or tensor () that replaces the divisor of "mean" and "sum"; 0 gives 0.
         """
+        running = self._running()
         with torch.no_grad():
-            f1 = _f1(self._sums(input, target, sample_weight), self.average, self.smooth)
-        return _weighted_by_f1(
+            if running is None:
+                sums = self._of_batch(input, target, sample_weight)
+            else:
+                self._check_num_classes(input)
+                if self.training:
+                    running = self._with(self._of_batch(input, target, sample_weight), *running)
+                weight = torch.where(running[1] == 0, torch.ones_like(running[1]), running[1])
+                predicted, true_positives, positives = running[0] / weight
+                sums = ColumnSums(predicted, true_positives, positives, weight)
+            f1 = _f1(sums, self.average, self.smooth)
+        loss = _weighted_by_f1(
             f1,
             input,
             target,
-            SigmoidOptions(ignore_index=self.ignore_index, reduction=self.reduction, inplace=self.inplace),
+            SigmoidOptions(
+                CrossEntropy(), ignore_index=self.ignore_index, reduction=self.reduction, inplace=self.inplace
+            ),
             sample_weight=sample_weight,
             normalizer=normalizer,
             class_dim=self.class_dim,
             impl=self.impl,
         )
+        if running is not None and self.training:  # only now: what raised has changed nothing
+            for held, new in zip(self._running() or (), running, strict=True):
+                held.copy_(new)
+        return loss
 
-    def _sums(self, input: Tensor, target: Tensor, sample_weight: Tensor | None) -> ColumnSums:
-        """Return the batch's sums, or the running ones, which a batch in training is added to."""
-        running = self.running_sums
-        if running is not None:
-            num_classes = input.shape[self.class_dim if input.dim() > 1 else 0]
-            if running.shape[1] != num_classes:
-                raise ValueError(f"num_classes is {running.shape[1]}, but input has {num_classes} classes")
-        if running is None or self.training:
-            batch = column_sums(
-                input,
-                target,
-                ignore_index=self.ignore_index,
-                sample_weight=sample_weight,
-                class_dim=self.class_dim,
-                process_group=self.process_group,
-                impl=self.impl,
-            )
-            if running is None:
-                return batch
-            running.lerp_(torch.stack(batch[:3]).to(running.dtype), 1 - self.momentum)  # type: ignore[operator]
-        return ColumnSums(running[0], running[1], running[2], running.new_empty(()))
+    def _running(self) -> tuple[Tensor, Tensor] | None:
+        """Return the running sums and their weight, or None."""
+        if self.running_sums is None or self.running_weight is None:
+            return None
+        return self.running_sums, self.running_weight
+
+    def _of_batch(self, input: Tensor, target: Tensor, sample_weight: Tensor | None) -> ColumnSums:
+        return column_sums(
+            input,
+            target,
+            ignore_index=self.ignore_index,
+            sample_weight=sample_weight,
+            class_dim=self.class_dim,
+            process_group=self.process_group,
+            impl=self.impl,
+        )
+
+    def _with(self, batch: ColumnSums, sums: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return running sums and their weight with a batch, unless its sums are not finite."""
+        assert self.momentum is not None
+        found = torch.stack(batch[:3]).to(sums.dtype)
+        step = torch.where(torch.isfinite(found).all(), 1 - self.momentum, 0.0).to(sums.dtype)
+        found = torch.where(step == 0, torch.zeros_like(found), found)
+        return (1 - step) * sums + step * found, (1 - step) * weight + step
+
+    def _check_num_classes(self, input: Tensor) -> None:
+        assert self.running_sums is not None
+        class_dim = self.class_dim if input.dim() > 1 else 0
+        expected = self.running_sums.shape[1]
+        if -input.dim() <= class_dim < input.dim() and input.shape[class_dim] != expected:
+            raise ValueError(f"num_classes is {expected}, but input has {input.shape[class_dim]} classes")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> F1WeightedCrossEntropyLoss:
         """Move the running sums, which keep their precision: a half has neither their digits nor their range."""
-        before = self.running_sums
+        before = {"running_sums": self.running_sums, "running_weight": self.running_weight}
         super()._apply(fn, recurse)
-        if before is not None and self.running_sums is not None and self.running_sums.dtype != before.dtype:
-            self.running_sums = before.to(self.running_sums.device)
+        for name, exact in before.items():
+            moved = getattr(self, name)
+            if exact is not None and moved.dtype != exact.dtype:
+                setattr(self, name, exact.to(moved.device))
         return self
 
     def extra_repr(self) -> str:

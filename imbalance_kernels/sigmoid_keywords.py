@@ -11,6 +11,7 @@ from torch import Tensor
 
 from imbalance_kernels.keywords import CALL_KEYWORDS, checked_keywords
 from imbalance_kernels.objectives import CrossEntropy, Objective
+from imbalance_kernels.ops.checks import check_class_vector
 from imbalance_kernels.options import SigmoidOptions
 from imbalance_kernels.priors import BinaryPrior, Prior
 
@@ -29,13 +30,15 @@ def sigmoid_options_of(
     inplace: bool = False,
 ) -> SigmoidOptions:
     """Return the options of a loss: alpha, weight and pos_weight as weights of positives and negatives."""
-    alpha = _exact("alpha", checked_alpha(alpha))
+    alpha = checked_alpha(alpha)
+    vectors = _exact(alpha=alpha, weight=weight, pos_weight=pos_weight)
+    alpha = vectors.get("alpha", alpha)
     positive: float | Tensor = 1.0 if alpha is None else alpha
     negative: float | Tensor = 1.0 if alpha is None else 1 - alpha
-    if weight is not None:
-        positive, negative = (side * _exact("weight", weight) for side in (positive, negative))
-    if pos_weight is not None:
-        positive = positive * _exact("pos_weight", pos_weight)
+    if "weight" in vectors:
+        positive, negative = positive * vectors["weight"], negative * vectors["weight"]
+    if "pos_weight" in vectors:
+        positive = positive * vectors["pos_weight"]
     return SigmoidOptions(
         objective=CrossEntropy() if objective is None else objective,
         positive_weight=positive,
@@ -47,25 +50,43 @@ def sigmoid_options_of(
     )
 
 
-def _exact(name: str, value: Any) -> Any:
-    """Return class weights in float64, so that their products are rounded once; a number, or None, as it is."""
-    if name == "alpha" and not isinstance(value, Tensor):
-        return value
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}, but it must be a tensor (C,)")
-    if value.dim() != 1:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}, but it must be (C,)")
-    return value.to(torch.float64)
+def _exact(**vectors: Any) -> dict[str, Tensor]:
+    """Return the class vectors that are given, checked, in float64 on one device: products of them are rounded once.
+
+    Raises:
+        TypeError: one is no tensor of floating point. ValueError: it requires grad, or is not (C,) as the others are.
+    """
+    exact: dict[str, Tensor] = {}
+    for name, vector in vectors.items():
+        if vector is None or (name == "alpha" and not isinstance(vector, Tensor)):
+            continue
+        if not isinstance(vector, Tensor):
+            raise TypeError(f"{name} is a {type(vector).__name__}, but it must be a tensor (C,)")
+        first = next(iter(exact.values()), None)
+        if vector.dim() != 1 or (first is not None and vector.shape != first.shape):
+            others = "" if first is None else f" as {next(iter(exact))} is, ({first.shape[0]},)"
+            raise ValueError(f"{name} has shape {tuple(vector.shape)}, but it must be (C,){others}")
+        check_class_vector(name, vector, vector.shape[0])
+        exact[name] = vector.to(vector.device if first is None else first.device, torch.float64)
+    return exact
 
 
 def checked_alpha(alpha: float | Tensor | None) -> float | Tensor | None:
     """Return alpha, None where it is switched off, as torchvision does with a negative one.
 
     Raises:
-        ValueError: a number above 1.
+        ValueError: a number above 1, or a class's outside 0 to 1. TypeError: it is neither.
     """
-    if alpha is None or isinstance(alpha, Tensor):
+    if isinstance(alpha, Tensor):
+        # A value check waits for the device and breaks a compiled graph: only on CPU, only eagerly.
+        if alpha.device.type == "cpu" and not torch.compiler.is_compiling():
+            if not bool(((alpha >= 0) & (alpha <= 1)).all()):
+                raise ValueError(f"alpha is {alpha!r}, but each class's must be from 0 to 1")
         return alpha
+    if alpha is None:
+        return None
+    if not isinstance(alpha, int | float):
+        raise TypeError(f"alpha is a {type(alpha).__name__}, but it must be a number, a tensor (C,) or None")
     if not alpha <= 1:
         raise ValueError(
             f"alpha is {alpha!r}, but it must be at most 1 (negative or None: positives and negatives alike)"

@@ -117,10 +117,9 @@ class SigmoidLoss(LossModule):
         )
 
     def _options(self, input: Tensor) -> SigmoidOptions:
-        alpha = self._constant("alpha", input)
         options = sigmoid_options_of(
             self.objective.with_class_parameter(self._constant("class_parameter", input)),
-            alpha=self.alpha if alpha is None else alpha,
+            alpha=self._constant("alpha", input) if self.alpha is None else self.alpha,
             weight=self.weight,
             pos_weight=self.pos_weight,
             ignore_index=self.ignore_index,

@@ -1,5 +1,6 @@
 """Column sums, and the losses made of them, against literal float64 formulas; several processes against one."""
 
+import copy
 import math
 import queue
 
@@ -346,7 +347,10 @@ def test_the_running_average_is_of_sums():
     held = loss.running_sums.clone()
     for changed in (loss.half(), loss.double(), loss.to(torch.bfloat16)):
         assert changed.running_sums.dtype == torch.float32 and torch.equal(changed.running_sums, held)
-    assert set(loss.state_dict()) == {"running_sums"} and not ik.F1WeightedCrossEntropyLoss().state_dict()
+    assert (
+        set(loss.state_dict()) == {"running_sums", "running_weight"}
+        and not ik.F1WeightedCrossEntropyLoss().state_dict()
+    )
 
 
 def test_nothing_predicted_and_nothing_there_is_right():
@@ -451,3 +455,29 @@ def test_two_processes_are_one_with_both_batches(tmp_path):
             gradient = torch.tensor(found[rank][index][1], dtype=torch.float64)
             torch.testing.assert_close(gradient, head.weight.grad.double(), rtol=1e-5, atol=1e-8)
     assert [found[rank][-1][0] for rank in range(2)] == [[14.0, False, False]] * 2
+
+
+def test_a_running_average_begins_with_its_first_batch():
+    """Its sums are divided by what they weigh, so that `smooth` weighs the same from the first batch on."""
+    x, y = torch.randn(20, 3), torch.rand(20, 3) < 0.4
+    running = ik.F1WeightedCrossEntropyLoss(smooth=1.0, momentum=0.9, num_classes=3)
+    torch.testing.assert_close(running(x, y), ik.F1WeightedCrossEntropyLoss(smooth=1.0)(x, y))
+
+
+def test_what_raises_or_is_not_finite_changes_no_running_average():
+    x, y = torch.randn(20, 3), torch.rand(20, 3) < 0.4
+    loss = ik.F1WeightedCrossEntropyLoss(momentum=0.9, num_classes=3)
+    loss(x, y)
+    held = copy.deepcopy(loss.state_dict())
+    with pytest.raises(ValueError, match="normalizer"):
+        loss(x, y, normalizer=torch.ones(2))
+    loss(x * math.nan, y)
+    assert all(torch.equal(value, held[name]) for name, value in loss.state_dict().items())
+
+
+@pytest.mark.parametrize("make", [ik.SmoothF1Loss, ik.F1WeightedCrossEntropyLoss], ids=lambda make: make.__name__)
+def test_compiles_as_one_graph(make):
+    loss, x, y = make(smooth=1.0), torch.randn(20, 3, requires_grad=True), torch.rand(20, 3) < 0.4
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, y), loss(x, y))
+    torch.testing.assert_close(*(torch.autograd.grad(function(x, y), x)[0] for function in (compiled, loss)))

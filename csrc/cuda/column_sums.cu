@@ -315,21 +315,6 @@ cudaError_t with_form(bool dense, bool aligned, const Function& f) {
   return aligned ? f(std::false_type{}, std::true_type{}) : f(std::false_type{}, std::false_type{});
 }
 
-template <class Function>
-cudaError_t with_dtype(Dtype dtype, const Function& f) {
-  switch (dtype) {
-    case Dtype::float32:
-      return f(float{});
-    case Dtype::float64:
-      return f(double{});
-    case Dtype::bfloat16:
-      return f(BFloat16{});
-    case Dtype::float16:
-      return f(Float16{});
-  }
-  return cudaErrorInvalidValue;
-}
-
 // How logits are cut.
 struct Cut {
   int lanes;           // that share a row

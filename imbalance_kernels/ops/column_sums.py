@@ -109,8 +109,10 @@ def _rows(logits: Tensor, target: Tensor, ignore_index: int, sample_weight: Tens
     """Return the sum of the weights of rows that count, ()."""
     dtype = accumulate_dtype(logits.dtype)
     if target.dim() == 1:
-        counts = (target != ignore_index).to(dtype)
-        return (counts if sample_weight is None else counts * sample_weight).sum()
+        counts = target != ignore_index
+        if sample_weight is None:
+            return counts.to(dtype).sum()
+        return torch.where(counts, sample_weight, torch.zeros_like(sample_weight)).sum()
     if sample_weight is not None:
         return sample_weight.sum()
     num_rows = logits.numel() // max(1, logits.shape[1]) if logits.dim() == 3 else logits.shape[0]

@@ -134,6 +134,8 @@ def check_label_weights(labels: Labels, sample_weight: Tensor | None) -> Tensor 
     """Return sample_weight (N,), or of the logits' shape, in the accumulation dtype."""
     if sample_weight is None:
         return None
+    if not isinstance(sample_weight, Tensor):
+        raise TypeError(f"sample_weight is a {type(sample_weight).__name__}, but it must be a tensor")
     if sample_weight.requires_grad:
         raise ValueError("sample_weight requires grad, but it is a constant: pass sample_weight.detach()")
     if sample_weight.device != labels.logits.device:
