@@ -6,11 +6,14 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from implementations import IMPLEMENTATIONS
+from implementations import IMPLEMENTATIONS, KERNELS
 from sigmoid_oracle import OBJECTIVES, one_hot
 
 import imbalance_kernels as ik
 from imbalance_kernels import functional
+from imbalance_kernels.ops.kernel_arguments import sigmoid_arguments
+from imbalance_kernels.ops.kernels import kernels
+from imbalance_kernels.options import SigmoidOptions
 
 # module -> its functional twin and arguments other than the defaults
 MODULES = {
@@ -252,3 +255,21 @@ def test_layouts_of_targets(impl):
     torch.testing.assert_close(one, ik.SigmoidFocalLoss(impl=impl)(x[:1], labels[:1]))
     empty = ik.SigmoidFocalLoss(impl=impl)(x, torch.zeros(7, 0, dtype=torch.long))  # no class at all
     torch.testing.assert_close(empty, ik.SigmoidFocalLoss(impl=impl)(x, torch.zeros(7, 5)))
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+def test_the_operations_are_what_they_say(impl):
+    """Schemas and fakes: what is written, shapes and dtypes, for rows and images."""
+    tests = ("test_schema", "test_faketensor")
+    for shape, rows in (((7, 5), 7), ((2, 5, 3), 6)):
+        x, labels = torch.randn(shape), torch.randint(6, (rows,))
+        for reduction, upstream in (("mean", torch.tensor(2.0)), ("none", torch.randn(shape))):
+            call = sigmoid_arguments(labels, SigmoidOptions(reduction=reduction), None, None)
+            operation = kernels(impl)
+            torch.library.opcheck(operation.sigmoid_loss.default, (x, *call, True), test_utils=tests)
+            torch.library.opcheck(operation.sigmoid_loss.default, (x, *call, False), test_utils=tests)
+            torch.library.opcheck(operation.sigmoid_loss_backward.default, (x, *call, upstream), test_utils=tests)
+            changed = (x.clone(), *call, upstream)
+            torch.library.opcheck(operation.sigmoid_loss_backward_.default, changed, test_utils=tests)
+            if reduction == "mean":
+                torch.library.opcheck(operation.sigmoid_loss_.default, (x.clone(), *call), test_utils=tests)
