@@ -254,7 +254,7 @@ MUTANTS = [
     ),
     Mutant(
         "pieces: none after the last of a row",
-        "rows.cuh: Piece after",
+        "rows.cuh: Piece<Index> after",
         {"next.index < of_a_row_": "true"},
         "pieces_256",
         f"{RESULT}|{BEYOND}|{OVERFLOW}",
