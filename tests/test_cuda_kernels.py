@@ -1,80 +1,16 @@
 """The CUDA kernels run on the CPU under sanitizers, by tests/emulation/kernels.cu; and what is wrong with them shows.
 
-The mutants are all in one copy of the sources, each behind a condition on its number, since compiling is what costs.
-Not among them is what changes nothing: Columns.has and may_hold only save work, and so does the end of a class vector
-in load_values, where it is aligned; an unaligned row without padding is staged by the threads that read it. Shuffles,
-where the emulator's lanes wait for each other too, follow __syncwarp, so without it nothing shows.
+Not among the mutants is what changes nothing: Columns.has and may_hold only save work, and so does the end of a class
+vector in load_values, where it is aligned; an unaligned row without padding is staged by the threads that read it.
+Shuffles, where the emulator's lanes wait for each other too, follow __syncwarp, so without it nothing shows.
 """
 
-import os
 import re
-import shutil
-import subprocess
-from typing import NamedTuple
 
 import pytest
-from emulation import build
+from emulation.mutants import BEYOND, CUDA, MISALIGNED, OVERFLOW, RACE, RESULT, Emulated, Mutant, check_found, run, span
 
-FLAGS = ["-O0", "-g1"]  # optimizing takes longer than it saves
-DTYPES = ["float32", "bfloat16", "float16", "float64"]
-
-
-def sources(cuda, dtypes):
-    return [
-        build.EMULATION / "kernels.cu",
-        cuda / "softmax_loss.cu",
-        *(cuda / f"softmax_loss_{dtype}.cu" for dtype in dtypes),
-    ]
-
-
-def run(program, orders, cases, **environment):
-    environment = os.environ | {"TSAN_OPTIONS": "halt_on_error=1"} | environment
-    command = [program, str(orders), *cases]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
-    return done.returncode, done.stdout + done.stderr
-
-
-def test_every_kernel_in_every_order(tmp_path_factory):
-    build.require()
-    program = build.session_folder(tmp_path_factory) / "kernels_address"
-    flags = [*build.SANITIZERS["address"], *FLAGS, "-Werror"]
-    build.compile_once(sources(build.CSRC / "cuda", DTYPES), program, flags)
-    code, output = run(program, orders=3, cases=[])
-    assert (code, re.sub(r"\d+", "N", output)) == (0, "N cases are right\n"), output
-
-
-# Few and small, for ThreadSanitizer: every kernel, every barrier, in place.
-RACES = [
-    *("lanes_2", "lanes_4", "lanes_16", "cluster_1", "cluster_1_odd", "cluster_2_bias", "sweeps_weights"),
-    *("sweeps_in_place", "pieces_8", "scale_8", "sum_of_few", "weight_sums_of_samples"),
-    *("planes_2_in_place", "planes_8_margin", "planes_sweeps_odd"),
-]
-
-
-def test_no_two_threads_race(tmp_path_factory):
-    build.require()
-    program = build.session_folder(tmp_path_factory) / "kernels_thread"
-    flags = [*build.SANITIZERS["thread"], *FLAGS, "-DFLOAT32_ALONE"]
-    build.compile_once(sources(build.CSRC / "cuda", ["float32"]), program, flags)
-    code, output = run(program, orders=0, cases=RACES)
-    assert (code, output) == (0, f"{len(RACES)} cases are right\n")
-
-
-class Mutant(NamedTuple):
-    name: str
-    place: str  # file: function
-    edits: dict[str, str]  # expressions or, where they end with a semicolon, statements, which the function has once
-    case: str
-    found: str
-    sanitizer: str = "address"
-
-
-RESULT = r"^\w+: wrong: (not the same in every order|.* should be |numbers between)"
-RACE = r"WARNING: ThreadSanitizer: data race"
-BEYOND = r"AddressSanitizer: heap-buffer-overflow"
-MISALIGNED = r"error: address \w+ is not aligned to 16 bytes|runtime error: .* misaligned address"
 INDEX = r"runtime error: index \d+ out of bounds for type"
-OVERFLOW = r"runtime error: signed integer overflow"
 NOT_STARTED = r"error: block \d of the cluster may not have started"
 EXITED = r"error: block \d of the cluster has exited: thread \d+ of block \d in remote"
 TOO_EARLY = f"{RESULT}|{EXITED}"
@@ -632,42 +568,8 @@ MUTANTS = [
 ]
 
 
-def span(text, function, wanted):
-    """Where `wanted` is in a function; "#1" after it says that of several it is the second."""
-    wanted, _, number = wanted.partition("#")
-    start = text.find(f"{function}(")
-    found = [start + match.start() for match in re.finditer(re.escape(wanted), text[start : text.find("\n}", start)])]
-    assert len(found) == 1 or (number and int(number) < len(found)), f"{wanted} is {len(found)} times in {function}"
-    begin = found[int(number or 0)]
-    return begin, begin + len(wanted)
-
-
-def write_mutants(cuda, mutants):
-    """Put all mutants into the sources, each behind its number: an edit becomes two insertions, so that they nest."""
-    insertions = {}
-    for number, mutant in enumerate(mutants, 1):
-        file, _, function = mutant.place.partition(": ")
-        text = (cuda / file).read_text()
-        for wanted, instead in mutant.edits.items():
-            try:
-                begin, end = span(text, function, wanted)
-            except AssertionError:
-                continue  # its own test says so
-            before, after = f"(mutant == {number} ? {instead} : ", ")"
-            if text[end - 1] == ";":
-                before, after = f"if (mutant == {number}) {{ {instead} }} else {{ ", " }"
-            at = insertions.setdefault(cuda / file, [])
-            at.append((begin, "opens", -end, number, before))
-            at.append((end, "closes", -begin, -number, after))
-    for path, at in insertions.items():
-        text = path.read_text()
-        for position, *_, inserted in sorted(at, reverse=True):  # what closes there comes before what opens
-            text = text[:position] + inserted + text[position:]
-        path.write_text(text)
-
-
 def test_every_barrier_has_its_mutant():
-    for path in (build.CSRC / "cuda" / name for name in ("softmax_loss.cu", "softmax_loss.cuh", "planes.cuh")):
+    for path in (CUDA / name for name in ("softmax_loss.cu", "softmax_loss.cuh", "planes.cuh")):
         text = path.read_text()
         barriers = {match.start() for match in re.finditer(r"__syncthreads\(\)|cluster_sync\(", text)}
         begins = set()
@@ -678,37 +580,32 @@ def test_every_barrier_has_its_mutant():
         assert barriers <= begins
 
 
-@pytest.fixture(scope="session")
-def mutants(tmp_path_factory):
-    """Compile all mutants for a sanitizer."""
-    build.require()
-    copy = tmp_path_factory.mktemp("mutants")
-    shutil.copytree(build.CSRC, copy / "csrc", ignore=shutil.ignore_patterns("cpu"))
-    write_mutants(copy / "csrc" / "cuda", MUTANTS)
-    header = copy / "mutant.h"
-    header.write_text('#include <cstdlib>\ninline const int mutant = std::atoi(std::getenv("MUTANT"));\n')
-
-    def program(sanitizer):
-        flags = [*build.SANITIZERS[sanitizer], *FLAGS, "-DFLOAT32_ALONE", "-include", header]
-        output = build.session_folder(tmp_path_factory) / f"mutants_{sanitizer}"
-        return build.compile_once(sources(copy / "csrc" / "cuda", ["float32"]), output, flags)
-
-    return program
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    return Emulated(tmp_path_factory, "kernels", "softmax_loss")
 
 
-def test_without_a_mutant_all_is_right(mutants):
-    cases = sorted({mutant.case for mutant in MUTANTS})
-    code, output = run(mutants("address"), orders=2, cases=cases, MUTANT="0")
+def test_every_kernel_in_every_order(emulated):
+    code, output = run(emulated.right(), orders=3, cases=[])
+    assert (code, re.sub(r"\d+", "N", output)) == (0, "N cases are right\n"), output
+
+
+# Few and small, for ThreadSanitizer: every kernel, every barrier, in place.
+RACES = [
+    *("lanes_2", "lanes_4", "lanes_16", "cluster_1", "cluster_1_odd", "cluster_2_bias", "sweeps_weights"),
+    *("sweeps_in_place", "pieces_8", "scale_8", "sum_of_few", "weight_sums_of_samples"),
+    *("planes_2_in_place", "planes_8_margin", "planes_sweeps_odd"),
+]
+
+
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_without_a_mutant_all_is_right(emulated, sanitizer):
+    cases = sorted({mutant.case for mutant in MUTANTS}) if sanitizer == "address" else RACES
+    program = emulated.mutated(MUTANTS, sanitizer)
+    code, output = run(program, orders=2 if sanitizer == "address" else 0, cases=cases, MUTANT="0")
     assert (code, output) == (0, f"{len(cases)} cases are right\n")
 
 
 @pytest.mark.parametrize("number", range(1, len(MUTANTS) + 1), ids=[mutant.name for mutant in MUTANTS])
-def test_mutants_are_found(mutants, number):
-    mutant = MUTANTS[number - 1]
-    file, _, function = mutant.place.partition(": ")
-    for wanted in mutant.edits:
-        span((build.CSRC / "cuda" / file).read_text(), function, wanted)
-    orders = 2 if mutant.sanitizer == "address" else 0
-    code, output = run(mutants(mutant.sanitizer), orders, [mutant.case], MUTANT=str(number))
-    assert code != 0, output
-    assert re.search(mutant.found, output, re.MULTILINE), output
+def test_mutants_are_found(emulated, number):
+    check_found(emulated, MUTANTS, number)

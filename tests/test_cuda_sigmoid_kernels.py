@@ -5,23 +5,9 @@ nothing but ignored numbers is not computed.
 """
 
 import re
-import shutil
 
 import pytest
-from emulation import build
-from test_cuda_kernels import (
-    BEYOND,
-    DTYPES,
-    FLAGS,
-    MISALIGNED,
-    OVERFLOW,
-    RACE,
-    RESULT,
-    Mutant,
-    run,
-    span,
-    write_mutants,
-)
+from emulation.mutants import BEYOND, MISALIGNED, OVERFLOW, RACE, RESULT, Emulated, Mutant, check_found, run
 
 WRONG = RESULT + r"|^\w+: wrong: gradient \d+ is not 0"
 FILE = "sigmoid_loss.cuh"
@@ -177,39 +163,14 @@ MUTANTS = [
 ]
 
 
-def sources(cuda, dtypes):
-    return [
-        build.EMULATION / "sigmoid_kernels.cu",
-        cuda / "sigmoid_loss.cu",
-        *(cuda / f"sigmoid_loss_{dtype}.cu" for dtype in dtypes),
-    ]
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    return Emulated(tmp_path_factory, "sigmoid_kernels", "sigmoid_loss")
 
 
-def test_every_kernel_in_every_order(tmp_path_factory):
-    build.require()
-    program = build.session_folder(tmp_path_factory) / "sigmoid_kernels_address"
-    flags = [*build.SANITIZERS["address"], *FLAGS, "-Werror"]
-    build.compile_once(sources(build.CSRC / "cuda", DTYPES), program, flags)
-    code, output = run(program, orders=2, cases=[])
+def test_every_kernel_in_every_order(emulated):
+    code, output = run(emulated.right(), orders=2, cases=[])
     assert (code, re.sub(r"\d+", "N", output)) == (0, "N cases are right\n"), output
-
-
-@pytest.fixture(scope="session")
-def mutants(tmp_path_factory):
-    """Compile all mutants for a sanitizer."""
-    build.require()
-    copy = tmp_path_factory.mktemp("sigmoid_mutants")
-    shutil.copytree(build.CSRC, copy / "csrc", ignore=shutil.ignore_patterns("cpu"))
-    write_mutants(copy / "csrc" / "cuda", MUTANTS)
-    header = copy / "mutant.h"
-    header.write_text('#include <cstdlib>\ninline const int mutant = std::atoi(std::getenv("MUTANT"));\n')
-
-    def program(sanitizer):
-        flags = [*build.SANITIZERS[sanitizer], *FLAGS, "-DFLOAT32_ALONE", "-include", header]
-        output = build.session_folder(tmp_path_factory) / f"sigmoid_mutants_{sanitizer}"
-        return build.compile_once(sources(copy / "csrc" / "cuda", ["float32"]), output, flags)
-
-    return program
 
 
 # In place, and with sums: every kernel, for ThreadSanitizer.
@@ -217,20 +178,13 @@ RACES = ["counts_of_few", "labels_in_place", "labels_odd", "packs_vectors", "ima
 
 
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
-def test_without_a_mutant_all_is_right(mutants, sanitizer):
+def test_without_a_mutant_all_is_right(emulated, sanitizer):
     cases = sorted({mutant.case for mutant in MUTANTS}) if sanitizer == "address" else RACES
-    code, output = run(mutants(sanitizer), orders=2 if sanitizer == "address" else 0, cases=cases, MUTANT="0")
+    program = emulated.mutated(MUTANTS, sanitizer)
+    code, output = run(program, orders=2 if sanitizer == "address" else 0, cases=cases, MUTANT="0")
     assert (code, output) == (0, f"{len(cases)} cases are right\n")
 
 
 @pytest.mark.parametrize("number", range(1, len(MUTANTS) + 1), ids=[mutant.name for mutant in MUTANTS])
-def test_mutants_are_found(mutants, number):
-    mutant = MUTANTS[number - 1]
-    file, _, function = mutant.place.partition(": ")
-    for wanted in mutant.edits:
-        span((build.CSRC / "cuda" / file).read_text(), function, wanted)
-    code, output = run(
-        mutants(mutant.sanitizer), 2 if mutant.sanitizer == "address" else 0, [mutant.case], MUTANT=str(number)
-    )
-    assert code != 0, output
-    assert re.search(mutant.found, output, re.MULTILINE), output
+def test_mutants_are_found(emulated, number):
+    check_found(emulated, MUTANTS, number)

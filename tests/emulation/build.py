@@ -1,12 +1,13 @@
 """Compiles CUDA sources with g++ against emulator.h, into programs and libraries that run their kernels on the CPU."""
 
+import contextlib
 import fcntl
 import functools
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -66,10 +67,17 @@ def compile(sources: Iterable[Path], output: Path, flags: Iterable[str] = ()) ->
     return output
 
 
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Let one process at a time in."""
+    with open(path, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def compile_once(sources: Iterable[Path], output: Path, flags: Iterable[str] = ()) -> Path:
     """The same, where several processes may want the output and one is to make it."""
-    with open(output.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(output.with_suffix(".lock")):
         if not output.exists():
             os.replace(compile(sources, output.with_suffix(".part"), flags), output)
     return output
