@@ -24,7 +24,6 @@ C = 11
 each_impl = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 each_kernel = pytest.mark.parametrize("impl", KERNELS)
 each_reduction = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-PLANES = list(KERNELS)
 FOCAL = {"objective": Focal(1.5)}
 
 # (a tensor, what of it is the input, the dimension of classes); those above the line are seen as they are.
@@ -106,7 +105,7 @@ def test_rows_stay_rows():
 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout not in COPIED])
 @each_reduction
-@pytest.mark.parametrize("impl", PLANES)
+@each_kernel
 def test_in_place(impl, reduction, layout):
     """The gradient takes the logits' memory and no other: what lies between is untouched."""
     shape, view, class_dim = LAYOUTS[layout]
@@ -126,14 +125,14 @@ def test_in_place(impl, reduction, layout):
 
 
 @pytest.mark.parametrize("layout", COPIED)
-@pytest.mark.parametrize("impl", PLANES)
+@each_kernel
 def test_in_place_where_a_copy_is_made_raises(impl, layout):
     _, input, class_dim, target = make_layout(layout)
     with pytest.raises(ValueError, match="inplace=True needs an input that can be seen as"):
         softmax_loss(input, target, impl=impl, class_dim=class_dim, inplace=True)
 
 
-@pytest.mark.parametrize("impl", PLANES)
+@each_kernel
 def test_in_place_on_pixels_that_share_memory_raises(impl):
     for shape in ((1, C, 4, 5), (3, 1, 4, 5)):
         input = torch.randn(shape).expand(3, C, 4, 5)
@@ -163,13 +162,14 @@ def test_ignored_pixels_may_hold_anything(impl, reduction, option):
         assert torch.equal(other[0], value) and torch.equal(other[1], gradient)
 
 
-@pytest.mark.parametrize("option", ["prior", "weighted smoothing", "softcap", "everything"])
-@pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.parametrize(
+    "option, probabilities",
+    [(option, given) for option in ("prior", "weighted smoothing", "softcap") for given in (False, True)]
+    + [("everything", False)],  # a margin, which class probabilities do not have, among it
+)
 @each_kernel
-def test_masks(impl, probabilities, option):
+def test_masks(impl, option, probabilities):
     """-inf leaves a class out of a pixel, a pixel without classes is NaN and alone so, a target may be masked."""
-    if probabilities and option == "everything":
-        pytest.skip("class probabilities have no margin")
     options = {**OPTIONS[option](C), "reduction": "none"}
     rows = torch.randn(46, C, dtype=torch.float64)
     rows[torch.rand(46, C) < 0.2] = -math.inf
@@ -215,10 +215,9 @@ def test_a_pixels_bits_are_its_own(impl, num_classes, dtype):
         assert torch.equal(gradient, gradients[(of[0], slice(None), *of[1:])])
 
 
+@pytest.mark.skipif("cpu" not in KERNELS, reason="of the CPU kernels: a run of the emulated ones has no others")
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_threads_do_not_change_bits(reduction):
-    if "cpu" not in KERNELS:
-        pytest.skip("for the CPU kernels")
     input, target = torch.randn(2, 19, 100, 101), torch.randint(19, (2, 100, 101))
     before, results = torch.get_num_threads(), []
     try:
@@ -234,7 +233,7 @@ def test_threads_do_not_change_bits(reduction):
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("impl", [impl for impl in PLANES if impl == "cpu"])
+@pytest.mark.parametrize("impl", [impl for impl in KERNELS if impl == "cpu"])
 def test_a_target_that_is_no_class_raises_before_anything_is_written(impl, inplace):
     for wrong in (C, -1):
         input, target = torch.randn(2, C, 3, 5), torch.randint(C, (2, 3, 5))
@@ -257,7 +256,7 @@ def test_double_backward_raises(impl, reduction):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels of more", "images of a batch"])
 @pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("impl", PLANES)
+@each_kernel
 def test_upstream_gradients(impl, inplace, layout):
     """Of a loss whose gradient is made before they are known: scaled in place, or a new one where the graph is kept."""
     _, input, class_dim, target = make_layout(layout)
@@ -277,8 +276,6 @@ def test_upstream_gradients(impl, inplace, layout):
 @pytest.mark.parametrize("impl", [None, *KERNELS])
 def test_compile(impl, reduction):
     """One graph, whatever the number of images and the height."""
-    if impl == "cuda":
-        pytest.skip("the emulated operations compile with rows in tests/test_behaviour.py")
     module = ik.FocalLoss(1.5, reduction=reduction, impl=impl)
 
     def step(h, target):
@@ -304,7 +301,7 @@ def operation(impl, logits, target, options, normalizer=None):
 
 
 @pytest.mark.parametrize("shape", [(7, C, 1), (2, 1, 9), (0, C, 5), (3, C, 0), (1, 1, 1)], ids=str)
-@pytest.mark.parametrize("impl", PLANES)
+@each_kernel
 def test_shapes_of_the_operation(impl, shape):
     """One pixel, one class, no image, no pixel: what is otherwise seen as rows."""
     logits = torch.randn(shape[0], 2 * shape[1], shape[2])[:, ::2]
@@ -331,13 +328,18 @@ def test_nothing_valid(impl):
         assert (gradient == 0).all()
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("name", ["softmax_loss", "softmax_loss_", "softmax_loss_backward", "softmax_loss_backward_"])
-@pytest.mark.parametrize("impl", PLANES)
+@pytest.mark.parametrize(
+    "name, reduction",
+    [
+        (name, reduction)
+        for name in ("softmax_loss", "softmax_loss_", "softmax_loss_backward", "softmax_loss_backward_")
+        for reduction in ("mean", "none")
+        if (name, reduction) != ("softmax_loss_", "none")  # which needs the upstream gradient
+    ],
+)
+@each_kernel
 def test_opcheck(impl, name, reduction):
     """Schema (what is mutated), fake kernel, and the operation under aot dispatch with dynamic shapes."""
-    if name == "softmax_loss_" and reduction == "none":
-        pytest.skip("needs the upstream gradient")
     options = SoftmaxOptions(reduction=reduction, **FOCAL)
     arguments = (torch.randn(2, C, 6), *loss_arguments(torch.randint(C, (12,)), options, torch.rand(12), None))
     if name == "softmax_loss":
@@ -347,7 +349,7 @@ def test_opcheck(impl, name, reduction):
     torch.library.opcheck(getattr(kernels(impl), name).default, arguments)
 
 
-@pytest.mark.parametrize("impl", PLANES)
+@each_kernel
 def test_what_the_operation_refuses(impl):
     target = torch.zeros(12, dtype=torch.int64)
     options = SoftmaxOptions()
