@@ -16,6 +16,7 @@ from torch import Tensor
 
 from imbalance_kernels.objectives import CrossEntropy
 from imbalance_kernels.ops import column_sums as column_sums_op
+from imbalance_kernels.ops.checks import check_reduction
 from imbalance_kernels.ops.column_sums import ColumnSums
 from imbalance_kernels.ops.sigmoid_loss import sigmoid_loss
 from imbalance_kernels.options import SigmoidOptions
@@ -343,6 +344,7 @@ class F1WeightedCrossEntropyLoss(torch.nn.Module):
         self.smooth = float(smooth)
         self.momentum = momentum
         self.ignore_index = ignore_index
+        check_reduction(reduction)
         self.reduction = reduction
         self.class_dim = class_dim
         self.inplace = inplace

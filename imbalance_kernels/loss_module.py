@@ -1,11 +1,14 @@
-"""What every loss's module shares: constants of its classes that no change of precision touches."""
+"""What every loss's module shares: its options, and constants of its classes that no change of precision touches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from imbalance_kernels.ops.checks import check_reduction
 
 __all__ = ["LossModule"]
 
@@ -18,6 +21,15 @@ class LossModule(torch.nn.Module):
     """
 
     _constants: dict[str, Tensor | None]
+
+    def __init__(self, *, ignore_index: int, reduction: str, class_dim: int, inplace: bool, impl: str | None) -> None:
+        super().__init__()
+        check_reduction(reduction)
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.class_dim = class_dim
+        self.inplace = inplace
+        self.impl = impl
 
     def _register_constants(self, **exact: Tensor | None) -> None:
         """Register a buffer ``_name`` for each constant ``name``, given exactly; None is absent."""
@@ -47,6 +59,11 @@ class LossModule(torch.nn.Module):
         super()._apply(fn, recurse)
         self._make_buffers(fn(before).device)
         return self
+
+    def _shown(self, *first: str, **options: Any) -> str:
+        """Return what a module's repr shows: `options` that are not None, and the reduction if it is not "mean"."""
+        options["reduction"] = None if self.reduction == "mean" else self.reduction
+        return ", ".join([*first, *(f"{name}={value}" for name, value in options.items() if value is not None)])
 
     def _device(self) -> torch.device:
         for buffer in self.buffers():

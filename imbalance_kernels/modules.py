@@ -88,18 +88,15 @@ class SoftmaxLoss(LossModule):
         chunk_bytes: int | None = None,
         accumulate: str = "float32",
     ) -> None:
-        super().__init__()
+        super().__init__(
+            ignore_index=ignore_index, reduction=reduction, class_dim=class_dim, inplace=inplace, impl=impl
+        )
         options = options_of(
             objective, prior=prior, margin=margin, scale=scale, factor=factor, softcap=softcap, cosines=cosines
         )
         self.register_buffer("weight", weight)
-        self.ignore_index = ignore_index
-        self.reduction = reduction
         self.label_smoothing = label_smoothing
         self.z_loss = z_loss
-        self.class_dim = class_dim
-        self.inplace = inplace
-        self.impl = impl
         self.chunk_bytes = chunk_bytes
         self.accumulate = accumulate
         self._exact = options.to(torch.device("cpu"), torch.float64)  # the objective and the logit map
@@ -212,20 +209,18 @@ class SoftmaxLoss(LossModule):
     def extra_repr(self) -> str:
         """Return the objective and the options that are not at their defaults."""
         logit_map = self._exact.logit_map
-        shown: dict[str, Any] = {
-            "class_parameter": self._class_parameter is not None or None,
-            "weight": self.weight is not None or None,
-            "prior": logit_map.bias is not None or None,
-            "factor": logit_map.factor is not None or None,
-            "margin": "per class" if isinstance(logit_map.margin, Tensor) else logit_map.margin,
-            "scale": None if logit_map.scale == 1 else logit_map.scale,
-            "softcap": logit_map.softcap,
-            "label_smoothing": self.label_smoothing or None,
-            "z_loss": self.z_loss or None,
-            "reduction": None if self.reduction == "mean" else self.reduction,
-        }
-        parts = [str(self._exact.objective.name)]
-        return ", ".join(parts + [f"{name}={value}" for name, value in shown.items() if value is not None])
+        return self._shown(
+            self._exact.objective.name,
+            class_parameter=self._class_parameter is not None or None,
+            weight=self.weight is not None or None,
+            prior=logit_map.bias is not None or None,
+            factor=logit_map.factor is not None or None,
+            margin="per class" if isinstance(logit_map.margin, Tensor) else logit_map.margin,
+            scale=None if logit_map.scale == 1 else logit_map.scale,
+            softcap=logit_map.softcap,
+            label_smoothing=self.label_smoothing or None,
+            z_loss=self.z_loss or None,
+        )
 
 
 class CrossEntropyLoss(SoftmaxLoss):

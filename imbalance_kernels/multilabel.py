@@ -119,13 +119,10 @@ class MultilabelSoftmaxLoss(LossModule):
         inplace: bool = False,
         impl: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            ignore_index=ignore_index, reduction=reduction, class_dim=class_dim, inplace=inplace, impl=impl
+        )
         self.threshold = _checked_threshold(threshold)
-        self.ignore_index = ignore_index
-        self.reduction = reduction
-        self.class_dim = class_dim
-        self.inplace = inplace
-        self.impl = impl
         self._register_constants(bias=None if prior is None else binary_bias(prior))
 
     def forward(
@@ -158,12 +155,10 @@ class MultilabelSoftmaxLoss(LossModule):
 
     def extra_repr(self) -> str:
         """Return the options that are not at their defaults."""
-        shown = {
-            "threshold": self.threshold or None,
-            "prior": self._constants["bias"] is not None or None,
-            "reduction": None if self.reduction == "mean" else self.reduction,
-        }
-        return ", ".join(f"{name}={value}" for name, value in shown.items() if value is not None)
+        return self._shown(
+            threshold=self.threshold or None,
+            prior=self._constants["bias"] is not None or None,
+        )
 
 
 def _checked_threshold(threshold: float) -> float:

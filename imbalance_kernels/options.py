@@ -54,8 +54,8 @@ class SigmoidOptions:
     """Everything about a sigmoid-family loss but its targets and their weights. Class vectors are (C,)."""
 
     objective: Objective = CrossEntropy()
-    positive_weight: float | Tensor = 1.0  # a number, or (C,)
-    negative_weight: float | Tensor = 1.0
+    positive_weight: float | Tensor = 1.0  # a number, (), or (C,)
+    negative_weight: float | Tensor = 1.0  # a number, or (C,)
     bias: Tensor | None = None  # (C,) added to the logits
     ignore_index: int = -100
     reduction: str = "mean"
@@ -79,6 +79,13 @@ class SigmoidOptions:
             negative_weight=moved(self.negative_weight),
             bias=None if self.bias is None else self.bias.to(device, dtype),
         )
+
+    def of_classes(self, num_classes: int) -> SigmoidOptions:
+        """Return the options with a weight () as a class vector, because reading its number may wait for a device."""
+        weight = self.positive_weight
+        if not isinstance(weight, Tensor) or weight.dim() == 1:
+            return self
+        return replace(self, positive_weight=weight.repeat(num_classes))
 
 
 @dataclass(frozen=True, eq=False)

@@ -60,7 +60,7 @@ def sigmoid_loss(
         objective: one of imbalance_kernels.objectives or binary_objectives; cross-entropy by default.
         alpha: weight of positives, 1 - alpha of negatives; a number, (C,), or None (or negative) for neither.
         weight: class weights (C,), of positives and negatives alike.
-        pos_weight: weights (C,) of positives.
+        pos_weight: weights of positives, (C,) or one number for all classes.
         prior: a `BinaryPrior`, or the probability of each class to be present (C,).
         ignore_index: a class label that does not count: its logits cost exactly 0. Dense labels have none: use
             sample_weight.

@@ -38,7 +38,7 @@ def sigmoid_options_of(
     if "weight" in vectors:
         positive, negative = positive * vectors["weight"], negative * vectors["weight"]
     if "pos_weight" in vectors:
-        positive = positive * vectors["pos_weight"]
+        positive = vectors["pos_weight"] * positive
     return SigmoidOptions(
         objective=CrossEntropy() if objective is None else objective,
         positive_weight=positive,
@@ -53,6 +53,8 @@ def sigmoid_options_of(
 def _exact(**vectors: Any) -> dict[str, Tensor]:
     """Return the class vectors that are given, checked, in float64 on one device: products of them are rounded once.
 
+    A pos_weight of one number is ().
+
     Raises:
         TypeError: one is no tensor of floating point. ValueError: it requires grad, or is not (C,) as the others are.
     """
@@ -63,10 +65,12 @@ def _exact(**vectors: Any) -> dict[str, Tensor]:
         if not isinstance(vector, Tensor):
             raise TypeError(f"{name} is a {type(vector).__name__}, but it must be a tensor (C,)")
         first = next(iter(exact.values()), None)
-        if vector.dim() != 1 or (first is not None and vector.shape != first.shape):
+        if name == "pos_weight" and vector.dim() <= 1 and vector.numel() == 1:
+            vector = vector.reshape(())  # of every class, as torch has it
+        elif vector.dim() != 1 or (first is not None and vector.shape != first.shape):
             others = "" if first is None else f" as {next(iter(exact))} is, ({first.shape[0]},)"
             raise ValueError(f"{name} has shape {tuple(vector.shape)}, but it must be (C,){others}")
-        check_class_vector(name, vector, vector.shape[0])
+        check_class_vector(name, vector.reshape(-1), vector.numel())
         exact[name] = vector.to(vector.device if first is None else first.device, torch.float64)
     return exact
 

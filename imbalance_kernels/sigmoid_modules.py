@@ -42,7 +42,7 @@ class SigmoidLoss(LossModule):
         objective: one of imbalance_kernels.objectives or imbalance_kernels.binary_objectives; cross-entropy by default.
         alpha: weight of positives, 1 - alpha of negatives; a number, (C,), or None for neither.
         weight: class weights (C,); in the state dict, and may be reassigned at any time.
-        pos_weight: (C,) weight of positives alone; as weight.
+        pos_weight: weight of positives alone, (C,) or one number for all classes; as weight.
         prior: a `BinaryPrior`, or the probability of each class to be present (C,).
         ignore_index, reduction, class_dim, inplace, impl: see imbalance_kernels.functional.sigmoid_loss.
 
@@ -72,17 +72,14 @@ class SigmoidLoss(LossModule):
         inplace: bool = False,
         impl: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            ignore_index=ignore_index, reduction=reduction, class_dim=class_dim, inplace=inplace, impl=impl
+        )
         self.register_buffer("weight", weight)
         self.register_buffer("pos_weight", pos_weight)
         self.objective = objectives.CrossEntropy() if objective is None else objective
         alpha = checked_alpha(alpha)
         self.alpha = None if isinstance(alpha, Tensor) else alpha
-        self.ignore_index = ignore_index
-        self.reduction = reduction
-        self.class_dim = class_dim
-        self.inplace = inplace
-        self.impl = impl
         self._register_constants(
             alpha=alpha if isinstance(alpha, Tensor) else None,
             bias=None if prior is None else binary_bias(prior),
@@ -130,16 +127,14 @@ class SigmoidLoss(LossModule):
 
     def extra_repr(self) -> str:
         """Return the objective and the options that are not at their defaults."""
-        shown: dict[str, Any] = {
-            "alpha": "per class" if self._constants["alpha"] is not None else self.alpha,
-            "class_parameter": self._constants["class_parameter"] is not None or None,
-            "weight": self.weight is not None or None,
-            "pos_weight": self.pos_weight is not None or None,
-            "prior": self._constants["bias"] is not None or None,
-            "reduction": None if self.reduction == "mean" else self.reduction,
-        }
-        parts = [str(self.objective.name)]
-        return ", ".join(parts + [f"{name}={value}" for name, value in shown.items() if value is not None])
+        return self._shown(
+            self.objective.name,
+            alpha="per class" if self._constants["alpha"] is not None else self.alpha,
+            class_parameter=self._constants["class_parameter"] is not None or None,
+            weight=self.weight is not None or None,
+            pos_weight=self.pos_weight is not None or None,
+            prior=self._constants["bias"] is not None or None,
+        )
 
 
 class SigmoidCrossEntropyLoss(SigmoidLoss):
@@ -148,7 +143,7 @@ class SigmoidCrossEntropyLoss(SigmoidLoss):
     Args:
         weight: class weights (C,), along the class dimension (torch broadcasts from the last one).
         size_average, reduce, reduction: as in torch (two of them deprecated there).
-        pos_weight: (C,) weight of positives.
+        pos_weight: weight of positives, (C,) or one number for all classes.
         keywords: the other shared keyword arguments of `SigmoidLoss`.
 
     Example:

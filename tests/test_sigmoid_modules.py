@@ -75,9 +75,11 @@ def test_defaults_are_the_literature_s(module):
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_torchs_bce_with_logits(reduction, impl):
-    """The same positions, values and gradients, a state dict that goes both ways."""
-    weight, pos_weight = torch.rand(5) + 0.5, torch.rand(5) + 0.5
+@pytest.mark.parametrize("weight", [None, torch.rand(5) + 0.5], ids=["", "weight"])
+@pytest.mark.parametrize("shape", [(5,), (1,), ()], ids=str)
+def test_torchs_bce_with_logits(shape, weight, reduction, impl):
+    """The same positions, values and gradients, a state dict that goes both ways; pos_weight broadcasts."""
+    pos_weight = torch.rand(shape) + 0.5
     theirs = torch.nn.BCEWithLogitsLoss(weight, None, None, reduction, pos_weight)
     ours = ik.SigmoidCrossEntropyLoss(weight, None, None, reduction, pos_weight, impl=impl)
     x, y = logits(), torch.rand(7, 5)
@@ -153,7 +155,8 @@ def test_weights_may_be_reassigned():
         (lambda x: ik.SigmoidLoss()(x, LABELS, sample_weight=1.0), TypeError, "sample_weight is a float"),
         (lambda x: ik.SigmoidLoss(prior=torch.rand(4))(x, LABELS), ValueError, "prior has shape"),
         (lambda x: ik.SigmoidFocalLoss(gamma=torch.rand(4))(x, LABELS), ValueError, "gamma has shape"),
-        (lambda x: ik.SigmoidLoss(reduction="avg")(x, LABELS), ValueError, "reduction is 'avg'"),
+        (lambda _: ik.SigmoidLoss(reduction="avg"), ValueError, "reduction is 'avg'"),
+        (lambda x: functional.sigmoid_loss(x, LABELS, reduction="avg"), ValueError, "reduction is 'avg'"),
         (lambda x: ik.SigmoidLoss(reduction="none")(x, LABELS, normalizer=2), ValueError, "normalizer is given"),
         (lambda x: ik.SigmoidLoss()(x, torch.ones(7, 5, dtype=torch.long)), ValueError, "target has input's shape"),
         (lambda x: ik.SigmoidLoss()(x, LABELS.to(torch.uint8)), TypeError, "target has dtype torch.uint8"),
@@ -218,7 +221,7 @@ def test_double_backward_raises(reduction, impl):
         torch.autograd.grad(gradient.sum(), x)
 
 
-@pytest.mark.parametrize("impl", [impl for impl in IMPLEMENTATIONS if impl != "cuda"])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_compiles_as_one_graph(impl):
     loss = ik.SigmoidFocalLoss(prior=PRIOR, impl=impl)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")

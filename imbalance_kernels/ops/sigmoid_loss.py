@@ -34,6 +34,7 @@ def sigmoid_loss(
     """Return the loss of `options`; the public form is imbalance_kernels.functional.sigmoid_loss."""
     labels = as_labels(input, target, class_dim)
     logits = labels.logits
+    options = options.of_classes(logits.shape[1])
     check_sigmoid_options(options, logits.shape[1])
     chosen = choose(impl, input)
     if options.inplace:
