@@ -168,7 +168,8 @@ struct Varifocal {
   }
 };
 
-template <class NegativeExponent, class PositiveExponent>
+// Without a clip both sides are focal: a type of its own, so that most packs, which hold no positive, need one logarithm.
+template <bool is_clipped, class NegativeExponent, class PositiveExponent>
 struct Asymmetric {
   NegativeExponent gamma_neg;
   PositiveExponent gamma_pos;
@@ -176,8 +177,11 @@ struct Asymmetric {
 
   template <class Number>
   IMBALANCE_INLINE ValueAndSlope<Number> of_negative(const Truth<Number>& t) const {
-    if (clip == 0) return focal(t, exponent<Number>(gamma_neg));
-    return clipped_focal(t, exponent<Number>(gamma_neg), number<Number>(clip));
+    if constexpr (is_clipped) {
+      return clipped_focal(t, exponent<Number>(gamma_neg), number<Number>(clip));
+    } else {
+      return focal(t, exponent<Number>(gamma_neg));
+    }
   }
   template <class Number>
   IMBALANCE_INLINE ValueAndSlope<Number> hard(const Truth<Number>& t, MaskOf<Number> positive, Number) const {
@@ -242,8 +246,9 @@ auto with_objective(const SigmoidArguments& call, const Run& run) {
       return Exponents::choose(first, [&](auto gamma) { return run(Varifocal<decltype(gamma)>{gamma, second}); });
     case BinaryObjectiveKind::asymmetric:
       return Exponents::choose(first, second, [&](auto negative, auto positive) {
-        using Both = Asymmetric<decltype(negative), decltype(positive)>;
-        return run(Both{negative, positive, call.objective_parameters[2]});
+        const double clip = call.objective_parameters[2];
+        if (clip == 0) return run(Asymmetric<false, decltype(negative), decltype(positive)>{negative, positive, clip});
+        return run(Asymmetric<true, decltype(negative), decltype(positive)>{negative, positive, clip});
       });
   }
   return run(OfRegistry<ObjectiveKind::cross_entropy>{0});

@@ -658,7 +658,8 @@ struct AnyObjective {
       case BinaryObjectiveKind::varifocal:
         return Varifocal<double>{first, second}.hard(t, positive, parameter);
       case BinaryObjectiveKind::asymmetric:
-        return Asymmetric<double, double>{first, second, third}.hard(t, positive, parameter);
+        if (third == 0) return Asymmetric<false, double, double>{first, second, third}.hard(t, positive, parameter);
+        return Asymmetric<true, double, double>{first, second, third}.hard(t, positive, parameter);
       default:
         return evaluate(static_cast<ObjectiveKind>(kind), t, parameter, number<N>(second));
     }
@@ -673,7 +674,8 @@ struct AnyObjective {
       case BinaryObjectiveKind::varifocal:
         return Varifocal<double>{first, second}.soft(t, y, parameter);
       case BinaryObjectiveKind::asymmetric:
-        return Asymmetric<double, double>{first, second, third}.soft(t, y, parameter);
+        if (third == 0) return Asymmetric<false, double, double>{first, second, third}.soft(t, y, parameter);
+        return Asymmetric<true, double, double>{first, second, third}.soft(t, y, parameter);
       default:
         return mixed_sides(t, HardCost<AnyObjective, N>{*this, parameter});
     }
