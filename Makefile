@@ -10,7 +10,7 @@ CSRC := $(wildcard csrc/*.[ch]* csrc/*/*.[ch]*)
 EMULATION := $(wildcard tests/emulation/*.h tests/emulation/*.cu)
 
 # As `make help` shows them: what a newcomer wants first, then what a change needs, then the rest.
-COMMANDS := help demo test bench demo-detection venv lint format test-full test-emulated mutants gpu-check triton-versions wheel clean
+COMMANDS := help demo test bench bench-sigmoid demo-detection venv lint format test-full test-emulated mutants gpu-check triton-versions wheel clean
 .PHONY: $(COMMANDS)
 
 help:  ## show this list
@@ -67,6 +67,9 @@ demo-detection: venv  ## train a small detector with three losses (DEMO_ARGS="--
 
 bench: venv  ## run the benchmark of the softmax losses (BENCH_ARGS="...")
 	$(PY) bench/bench_softmax_loss.py $(BENCH_ARGS)
+
+bench-sigmoid: venv  ## run the benchmark of the sigmoid losses and of images (BENCH_ARGS="...")
+	$(PY) bench/bench_sigmoid_loss.py $(BENCH_ARGS)
 
 # Not in .venv: a machine with a GPU may be offline, and has its own torch.
 GPU_PYTHON ?= python3

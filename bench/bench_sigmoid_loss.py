@@ -65,7 +65,7 @@ class Problem:
         classes = torch.randint(self.num_classes, rows, generator=random, device=device)
         self.labels = torch.where(chance < POSITIVES, classes, self.num_classes)
         self.labels = torch.where(chance > 1 - IGNORED, -100, self.labels)
-        self.dense = one_hot(self.labels, self.num_classes).to(dtype)
+        self.dense = one_hot(self.labels, self.num_classes).to(dtype).contiguous()
         self.normalizer = ((self.labels >= 0) & (self.labels < self.num_classes)).sum().clamp_min(1).float()
         self.logits = (2 * torch.randn(shape, generator=random, device=device) - 3).to(dtype)
         self.buffer = self.logits.clone()
