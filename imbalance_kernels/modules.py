@@ -26,7 +26,9 @@ from imbalance_kernels.priors import (
     RunningPrior,
     chosen_prior,
     ldam_margins,
+    prior_bias,
     vs_factors,
+    warn_if_corrected_twice,
 )
 from imbalance_kernels.priors.arguments import AnyPrior
 
@@ -65,6 +67,10 @@ class SoftmaxLoss(LossModule):
     Raises:
         TypeError: an unknown keyword.
         ValueError: an argument that does not fit; what depends on the number of classes is raised by forward.
+
+    Warns:
+        UserWarning: weight is close to 1 / prior beside a prior, when it is given or reassigned: this corrects the
+            imbalance twice (`imbalance_kernels.priors.effective_prior`).
 
     Example:
         >>> loss = SoftmaxLoss(objectives.Focal(1.0), prior=Prior([90, 9, 1]), label_smoothing=0.1)
@@ -112,6 +118,7 @@ class SoftmaxLoss(LossModule):
         )
         self.register_buffer("weight", weight)
         self.running_prior = running_prior
+        self._log_prior = None if prior is None or running_prior is not None else prior_bias(prior, 1.0)
         self.ignore_index = ignore_index
         self.reduction = reduction
         self.label_smoothing = label_smoothing
@@ -129,6 +136,17 @@ class SoftmaxLoss(LossModule):
             margin=margin if isinstance(margin, Tensor) else None,
             class_parameter=self._exact.objective.class_parameter(),
         )
+        self._warn_if_corrected_twice()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "weight":
+            self._warn_if_corrected_twice()
+
+    def _warn_if_corrected_twice(self) -> None:
+        if self.weight is not None:
+            log_prior = self._log_prior if self.running_prior is None else self.running_prior.log_prior
+            warn_if_corrected_twice(self.weight, log_prior)
 
     def forward(
         self,

@@ -12,7 +12,7 @@ import torch
 
 import imbalance_kernels as ik
 from imbalance_kernels import functional as F
-from imbalance_kernels.priors import class_counts, prior_bias
+from imbalance_kernels.priors import class_counts, effective_prior, prior_bias
 
 C = 5
 
@@ -576,3 +576,6 @@ def test_it_is_a_prior_elsewhere():
     prior.update(torch.tensor([0, 0, 1, 3, 0]))
     fixed = ik.Prior(prior.counts, tau=0.5, zero_count="laplace")
     assert torch.equal(prior_bias(prior), fixed.bias) and torch.equal(prior_bias(prior, 2.0), 2 * fixed.log_prior)
+    ours = effective_prior(prior, weight=[1, 2, 3, 4, 5])
+    theirs = effective_prior(fixed, weight=[1, 2, 3, 4, 5])
+    assert torch.equal(ours.bias, theirs.bias) and ours.tau == 0.5

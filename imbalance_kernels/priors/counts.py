@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["all_reduced", "checked_counts", "checked_num_classes", "class_counts", "count_indices"]
+__all__ = ["all_reduced", "checked_counts", "checked_num_classes", "class_counts", "count_indices", "count_weights"]
 
 
 def class_counts(
@@ -123,6 +123,17 @@ def _checked_targets(targets: Any, num_classes: int, ignore_index: int | None, a
             + ignored
         )
     return found
+
+
+def count_weights(targets: Tensor | Any, weights: Tensor, num_classes: int) -> Tensor:
+    """Return the sum of the weights (N,) of each class's samples, (C,), of targets (N,)."""
+    found = _checked_targets(targets, num_classes, None, "targets").cpu()
+    if found.shape != weights.shape:
+        raise ValueError(
+            f"targets has shape {tuple(found.shape)}, but the sampler has {weights.numel()} weights: it must be "
+            f"({weights.numel()},)"
+        )
+    return torch.zeros(num_classes, dtype=weights.dtype).index_add_(0, found, weights)
 
 
 def _with_progress(batches: Iterable[Any]) -> Iterable[Any]:
