@@ -28,7 +28,7 @@ from imbalance_kernels.modules import (
     VSLoss,
 )
 from imbalance_kernels.multilabel import MultilabelSoftmaxLoss
-from imbalance_kernels.priors import BinaryPrior, Prior
+from imbalance_kernels.priors import BinaryPrior, Prior, RunningPrior
 from imbalance_kernels.sigmoid_modules import (
     AsymmetricLoss,
     QualityFocalLoss,
@@ -66,6 +66,7 @@ __all__ = [
     "Prior",
     "QualityFocalLoss",
     "RadiusMarginLoss",
+    "RunningPrior",
     "SigmoidCrossEntropyLoss",
     "SigmoidFocalLoss",
     "SigmoidHardTruncationLoss",

@@ -31,6 +31,7 @@ from imbalance_kernels.ops.target_and_rest import split_rows
 from imbalance_kernels.ops.two_temperatures import FORMS, two_temperature_loss
 from imbalance_kernels.options import SoftmaxOptions
 from imbalance_kernels.priors import Prior, chosen_prior, ldam_margins, vs_factors
+from imbalance_kernels.priors.arguments import AnyPrior
 from imbalance_kernels.sigmoid_functional import (
     asymmetric_loss,
     quality_focal_loss,
@@ -95,7 +96,7 @@ def softmax_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-    prior: Prior | Tensor | None = None,
+    prior: AnyPrior | None = None,
     margin: Margin | None = None,
     scale: float = 1.0,
     factor: Tensor | None = None,
@@ -125,7 +126,8 @@ def softmax_loss(
             (with class probabilities: of sample_weight, or N).
         label_smoothing: eps in [0, 1]: (1 - eps) times the loss + (eps / C) sum_j weight_j (log-sum-exp - z_j), over
             unmasked classes. For another objective than cross-entropy this is our own definition.
-        prior: a `Prior`, or class probabilities (C,): adds tau * log prior.
+        prior: a `Prior`, a `RunningPrior` as it stands (a function does not count: call its `update` before), or class
+            probabilities (C,): adds tau * log prior.
         margin: taken off the target's capped logit before scale, a number or (C,); or an `AngularMargin` on cosines.
         scale: multiplies every logit (an inverse temperature).
         factor: multiplies class by class (C,).
@@ -213,7 +215,7 @@ def logit_adjusted_loss(
     tau: float = 1.0,
     *,
     zero_count: str | None = None,
-    prior: Prior | Tensor | None = None,
+    prior: AnyPrior | None = None,
     **keywords: Any,
 ) -> Tensor:
     """``loss = -log softmax(x + tau log prior)_t``. kexue.fm 7615; Menon et al. 2021.
@@ -224,7 +226,7 @@ def logit_adjusted_loss(
         class_counts: (C,), or give `prior`, one of them.
         tau: temperature of the prior.
         zero_count: what a zero count means, see `Prior`.
-        prior: a `Prior` (which has its own tau) or class probabilities (C,).
+        prior: a `Prior` or a `RunningPrior` (which have their own tau), or class probabilities (C,).
         keywords: the shared keyword arguments of `softmax_loss`.
 
     Raises:

@@ -8,13 +8,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from imbalance_kernels.logit_map import AngularMargin, CircleMargin, LogitMap, Margin
 from imbalance_kernels.objectives import CrossEntropy, Objective
 from imbalance_kernels.options import SoftmaxOptions
-from imbalance_kernels.priors import Prior
+from imbalance_kernels.priors.arguments import AnyPrior, prior_bias
 
 __all__ = ["CALL_KEYWORDS", "checked_keywords", "legacy_reduction", "options_of", "reject_alpha", "with_own"]
 
@@ -29,7 +28,7 @@ def options_of(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-    prior: Prior | Tensor | None = None,
+    prior: AnyPrior | None = None,
     margin: Margin | None = None,
     scale: float = 1.0,
     factor: Tensor | None = None,
@@ -46,7 +45,7 @@ def options_of(
         logit_map=LogitMap(
             scale=float(scale),
             factor=factor,
-            bias=None if prior is None else _bias(prior),
+            bias=None if prior is None else prior_bias(prior),
             softcap=None if softcap is None else float(softcap),
             margin=margin,
             cosines=cosines or isinstance(margin, AngularMargin | CircleMargin),
@@ -103,19 +102,6 @@ def checked_keywords(
                 reason = f"has no keyword {name}: use {near[0]}"
             raise TypeError(f"{loss.__name__} {reason}")
     return {**own, **keywords}
-
-
-def _bias(prior: Prior | Tensor) -> Tensor:
-    """Return tau * log prior (C,) in float64."""
-    if isinstance(prior, Prior):
-        return prior.bias
-    if not isinstance(prior, Tensor):
-        raise TypeError(f"prior is a {type(prior).__name__}, but it must be a Prior or a tensor of probabilities (C,)")
-    if prior.requires_grad:
-        raise ValueError("prior requires grad, but class vectors are constants: pass prior.detach()")
-    if prior.device.type == "cpu" and not torch.compiler.is_compiling():
-        return Prior.from_probabilities(prior).bias
-    return torch.log(prior.to(torch.float64))  # its values are not read: that would wait for the device
 
 
 def legacy_reduction(size_average: bool | None, reduce: bool | None, reduction: str) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from imbalance_kernels.modules import CrossEntropyLoss, SoftmaxLoss
 from imbalance_kernels.ops.checks import as_linear_rows, check_class_vector, check_row_tensors
 from imbalance_kernels.ops.linear import linear_split, prepare_linear
-from imbalance_kernels.options import accumulate_dtype
+from imbalance_kernels.options import SoftmaxOptions, accumulate_dtype
 from imbalance_kernels.softmax_row import RowTargets, reduce_rows, row_losses, without_rows
 
 __all__ = ["LinearLoss", "RadiusMarginLoss"]
@@ -136,7 +136,8 @@ class RadiusMarginLoss(SoftmaxLoss):
 
     A class is a ball around its samples: a sample of class t is to be right also when it moves by r_t anywhere. Linear
     form only, since the class vectors u_j (rows of the layer's weight) take part; gradients go through their norms.
-    Logits are made again in backward: four products. Takes memory for two more copies of the weight.
+    Class indices only. Logits are made again in backward: four products. Takes memory for two more copies of the
+    weight.
 
     Args:
         radius: r, at least 0, a number or one per class (C,).
@@ -176,22 +177,20 @@ class RadiusMarginLoss(SoftmaxLoss):
             "LinearLoss(in_features, num_classes, RadiusMarginLoss(radius))"
         )
 
-    def linear(
+    def _of_linear(
         self,
         input: Tensor,
         linear_weight: Tensor,
         target: Tensor,
-        linear_bias: Tensor | None = None,
-        *,
-        sample_weight: Tensor | None = None,
-        normalizer: Tensor | float | None = None,
+        linear_bias: Tensor | None,
+        options: SoftmaxOptions,
+        sample_weight: Tensor | None,
+        normalizer: Tensor | float | None,
     ) -> Tensor:
-        """Return the loss, see `SoftmaxLoss.linear`; class indices only."""
         if target.is_floating_point():
             raise ValueError("target holds class probabilities, but a margin needs class indices")
         rows = as_linear_rows(input, linear_weight, target, linear_bias)
         num_classes = linear_weight.shape[0]
-        options = self._options(input)
         dtype = accumulate_dtype(input.dtype)
         radius = self._radius if dtype == torch.float32 else self._exact_radius.to(input.device)
         if radius.dim() == 1:

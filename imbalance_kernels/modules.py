@@ -1,6 +1,7 @@
 """Every loss as a torch.nn.Module, drop-in for torch.nn.CrossEntropyLoss; functional.py has the formulas' details.
 
-The only state is `weight` (as in torch). A prior, margins and factors are constants of the constructor (LossModule).
+State is `weight` (as in torch) and a `RunningPrior`, where one is given. A fixed prior, margins and factors are
+constants of the constructor (LossModule).
 """
 
 from __future__ import annotations
@@ -20,7 +21,16 @@ from imbalance_kernels.ops.linear import linear_loss
 from imbalance_kernels.ops.softmax_loss import softmax_loss
 from imbalance_kernels.ops.two_temperatures import FORMS, linear_two_temperature_loss, two_temperature_loss
 from imbalance_kernels.options import SoftmaxOptions
-from imbalance_kernels.priors import Prior, chosen_prior, ldam_margins, vs_factors
+from imbalance_kernels.priors import (
+    Prior,
+    RunningPrior,
+    chosen_prior,
+    ldam_margins,
+    prior_bias,
+    vs_factors,
+    warn_if_corrected_twice,
+)
+from imbalance_kernels.priors.arguments import AnyPrior
 
 __all__ = [
     "ArcFaceLoss",
@@ -47,8 +57,10 @@ class SoftmaxLoss(LossModule):
     Args:
         objective: one of imbalance_kernels.objectives; cross-entropy by default.
         weight: class weights (C,); in the state dict, and may be reassigned at any time.
-        ignore_index, reduction, label_smoothing, prior, margin, scale, factor, softcap, z_loss, cosines: see
+        ignore_index, reduction, label_smoothing, margin, scale, factor, softcap, z_loss, cosines: see
             imbalance_kernels.functional.softmax_loss.
+        prior: a `Prior` or class probabilities (C,); or a `RunningPrior`, which in training counts the targets of each
+            call first.
         class_dim, inplace, impl: see there.
         chunk_bytes, accumulate: of `linear`, see there.
 
@@ -56,12 +68,17 @@ class SoftmaxLoss(LossModule):
         TypeError: an unknown keyword.
         ValueError: an argument that does not fit; what depends on the number of classes is raised by forward.
 
+    Warns:
+        UserWarning: weight is close to 1 / prior beside a prior, when it is given or reassigned: this corrects the
+            imbalance twice (`imbalance_kernels.priors.effective_prior`).
+
     Example:
         >>> loss = SoftmaxLoss(objectives.Focal(1.0), prior=Prior([90, 9, 1]), label_smoothing=0.1)
         >>> loss(torch.randn(4, 3, requires_grad=True), torch.tensor([0, 2, 1, 1])).backward()
     """
 
     weight: Tensor | None
+    running_prior: RunningPrior | None
     _bias: Tensor | None
     _factor: Tensor | None
     _margin: Tensor | None
@@ -75,7 +92,7 @@ class SoftmaxLoss(LossModule):
         ignore_index: int = -100,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
-        prior: Prior | Tensor | None = None,
+        prior: AnyPrior | None = None,
         margin: Margin | None = None,
         scale: float = 1.0,
         factor: Tensor | None = None,
@@ -91,10 +108,19 @@ class SoftmaxLoss(LossModule):
         super().__init__(
             ignore_index=ignore_index, reduction=reduction, class_dim=class_dim, inplace=inplace, impl=impl
         )
+        running_prior = prior if isinstance(prior, RunningPrior) else None
         options = options_of(
-            objective, prior=prior, margin=margin, scale=scale, factor=factor, softcap=softcap, cosines=cosines
+            objective,
+            prior=None if running_prior is not None else prior,
+            margin=margin,
+            scale=scale,
+            factor=factor,
+            softcap=softcap,
+            cosines=cosines,
         )
         self.register_buffer("weight", weight)
+        self.running_prior = running_prior
+        self._log_prior = None if prior is None or running_prior is not None else prior_bias(prior, 1.0)
         self.label_smoothing = label_smoothing
         self.z_loss = z_loss
         self.chunk_bytes = chunk_bytes
@@ -107,6 +133,17 @@ class SoftmaxLoss(LossModule):
             margin=margin if isinstance(margin, Tensor) else None,
             class_parameter=self._exact.objective.class_parameter(),
         )
+        self._warn_if_corrected_twice()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "weight":
+            self._warn_if_corrected_twice()
+
+    def _warn_if_corrected_twice(self) -> None:
+        if self.weight is not None:
+            log_prior = self._log_prior if self.running_prior is None else self.running_prior.log_prior
+            warn_if_corrected_twice(self.weight, log_prior)
 
     def forward(
         self,
@@ -124,15 +161,10 @@ class SoftmaxLoss(LossModule):
             sample_weight: weights of rows, of target's shape.
             normalizer: a number or tensor () that replaces the divisor of "mean" and "sum"; 0 gives 0.
         """
-        return softmax_loss(
-            input,
-            target,
-            self._options(input),
-            sample_weight=sample_weight,
-            normalizer=normalizer,
-            class_dim=self.class_dim,
-            impl=self.impl,
-        )
+        counts = self._counts_with(target, sample_weight, self.class_dim)
+        loss = self._of_logits(input, target, self._options(input, counts), sample_weight, normalizer)
+        self._keep(counts)
+        return loss
 
     def linear(
         self,
@@ -174,12 +206,46 @@ class SoftmaxLoss(LossModule):
             >>> loss = FocalLoss().linear(torch.randn(4, 8), head.weight, torch.tensor([5, 0, 99, 7]))
             >>> loss.backward()
         """
+        counts = self._counts_with(target, sample_weight, -1)
+        options = self._options(input, counts)
+        loss = self._of_linear(input, linear_weight, target, linear_bias, options, sample_weight, normalizer)
+        self._keep(counts)
+        return loss
+
+    def _of_logits(
+        self,
+        input: Tensor,
+        target: Tensor,
+        options: SoftmaxOptions,
+        sample_weight: Tensor | None,
+        normalizer: Tensor | float | None,
+    ) -> Tensor:
+        return softmax_loss(
+            input,
+            target,
+            options,
+            sample_weight=sample_weight,
+            normalizer=normalizer,
+            class_dim=self.class_dim,
+            impl=self.impl,
+        )
+
+    def _of_linear(
+        self,
+        input: Tensor,
+        linear_weight: Tensor,
+        target: Tensor,
+        linear_bias: Tensor | None,
+        options: SoftmaxOptions,
+        sample_weight: Tensor | None,
+        normalizer: Tensor | float | None,
+    ) -> Tensor:
         return linear_loss(
             input,
             linear_weight,
             target,
             linear_bias,
-            self._options(input),
+            options,
             sample_weight=sample_weight,
             normalizer=normalizer,
             chunk_bytes=self.chunk_bytes,
@@ -187,7 +253,22 @@ class SoftmaxLoss(LossModule):
             impl=self.impl,
         )
 
-    def _options(self, input: Tensor) -> SoftmaxOptions:
+    def _counts_with(self, target: Tensor, sample_weight: Tensor | None, class_dim: int) -> Tensor | None:
+        """Return the running prior's counts with this batch, or None where nothing counts it."""
+        prior = self.running_prior
+        if prior is None or not prior.training:
+            return None
+        return prior.counts_with(
+            target, ignore_index=self.ignore_index, class_dim=class_dim, sample_weight=sample_weight
+        )
+
+    def _keep(self, counts: Tensor | None) -> None:
+        """Keep the running prior's counts, when the loss is there: what raised has changed nothing."""
+        if self.running_prior is not None and counts is not None:
+            self.running_prior.keep(counts)
+
+    def _options(self, input: Tensor, counts: Tensor | None = None) -> SoftmaxOptions:
+        """Return the options for an input, with the running prior of these counts, or as it stands."""
         exact = self._exact
         objective, logit_map = exact.objective, exact.logit_map
         if input.dtype != torch.float64:
@@ -195,6 +276,9 @@ class SoftmaxLoss(LossModule):
             if self._bias is not None or self._factor is not None or self._margin is not None:
                 margin = logit_map.margin if self._margin is None else self._margin
                 logit_map = replace(logit_map, bias=self._bias, factor=self._factor, margin=margin)
+        prior = self.running_prior
+        if prior is not None:
+            logit_map = replace(logit_map, bias=prior.bias if counts is None else prior.bias_of(counts))
         return SoftmaxOptions(
             objective=objective,
             logit_map=logit_map,
@@ -262,7 +346,7 @@ class LogitAdjustedLoss(SoftmaxLoss):
         class_counts: (C,), or give `prior`, one of them.
         tau: temperature of the prior; 1 is near optimal.
         zero_count: "laplace", "floor" or "exclude" for counts of zero, see `Prior`.
-        prior: a `Prior` (which has its own tau) or class probabilities (C,).
+        prior: a `Prior` or a `RunningPrior` (which have their own tau), or class probabilities (C,).
         keywords: the other shared keyword arguments of `SoftmaxLoss`.
 
     Raises:
@@ -279,7 +363,7 @@ class LogitAdjustedLoss(SoftmaxLoss):
         tau: float = 1.0,
         *,
         zero_count: str | None = None,
-        prior: Prior | Tensor | None = None,
+        prior: AnyPrior | None = None,
         **keywords: Any,
     ) -> None:
         super().__init__(**with_own(type(self), keywords, prior=chosen_prior(class_counts, tau, zero_count, prior)))
@@ -338,7 +422,7 @@ class SoftTruncationLoss(SoftmaxLoss):
         sharpness: K, above 0.
         form: "softmax_neg" (the formula above), "one_minus_softmax" (``1 - softmax(K z)_t`` in place of r_t) or
             "log_odds" (``sigmoid(-K log-odds)``, one trip over the logits). The first two read the logits twice, and
-            not in place.
+            not in place; `linear` makes them twice.
         keywords: the shared keyword arguments of `SoftmaxLoss`.
 
     Example:
@@ -355,21 +439,20 @@ class SoftTruncationLoss(SoftmaxLoss):
             )
         self.form = form
 
-    def forward(
+    def _of_logits(
         self,
         input: Tensor,
         target: Tensor,
-        *,
-        sample_weight: Tensor | None = None,
-        normalizer: Tensor | float | None = None,
+        options: SoftmaxOptions,
+        sample_weight: Tensor | None,
+        normalizer: Tensor | float | None,
     ) -> Tensor:
-        """Return the loss, see `SoftmaxLoss.forward`."""
         if self.form == "log_odds":
-            return super().forward(input, target, sample_weight=sample_weight, normalizer=normalizer)
+            return super()._of_logits(input, target, options, sample_weight, normalizer)
         return two_temperature_loss(
             input,
             target,
-            self._options(input),
+            options,
             self.form,
             sample_weight=sample_weight,
             normalizer=normalizer,
@@ -377,27 +460,24 @@ class SoftTruncationLoss(SoftmaxLoss):
             impl=self.impl,
         )
 
-    def linear(
+    def _of_linear(
         self,
         input: Tensor,
         linear_weight: Tensor,
         target: Tensor,
-        linear_bias: Tensor | None = None,
-        *,
-        sample_weight: Tensor | None = None,
-        normalizer: Tensor | float | None = None,
+        linear_bias: Tensor | None,
+        options: SoftmaxOptions,
+        sample_weight: Tensor | None,
+        normalizer: Tensor | float | None,
     ) -> Tensor:
-        """Return the fused loss, see `SoftmaxLoss.linear`; the logits of two temperatures are made twice."""
         if self.form == "log_odds":
-            return super().linear(
-                input, linear_weight, target, linear_bias, sample_weight=sample_weight, normalizer=normalizer
-            )
+            return super()._of_linear(input, linear_weight, target, linear_bias, options, sample_weight, normalizer)
         return linear_two_temperature_loss(
             input,
             linear_weight,
             target,
             linear_bias,
-            self._options(input),
+            options,
             self.form,
             sample_weight=sample_weight,
             normalizer=normalizer,

@@ -13,7 +13,7 @@ from imbalance_kernels.keywords import CALL_KEYWORDS, checked_keywords
 from imbalance_kernels.objectives import CrossEntropy, Objective
 from imbalance_kernels.ops.checks import check_class_vector
 from imbalance_kernels.options import SigmoidOptions
-from imbalance_kernels.priors import BinaryPrior, Prior
+from imbalance_kernels.priors import BinaryPrior, Prior, RunningPrior
 
 __all__ = ["sigmoid_options_of", "with_own_sigmoid"]
 
@@ -102,10 +102,10 @@ def binary_bias(prior: BinaryPrior | Tensor) -> Tensor:
     """Return tau * log(prior / (1 - prior)) (C,) in float64."""
     if isinstance(prior, BinaryPrior):
         return prior.bias
-    if isinstance(prior, Prior):
+    if isinstance(prior, Prior | RunningPrior):
         raise TypeError(
-            "prior is a Prior, whose classes exclude one another, but here each is present or absent on its own: use "
-            "BinaryPrior(positive_counts, total_count)"
+            f"prior is a {type(prior).__name__}, whose classes exclude one another, but here each is present or absent "
+            "on its own: use BinaryPrior(positive_counts, total_count)"
         )
     if not isinstance(prior, Tensor):
         raise TypeError(

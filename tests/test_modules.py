@@ -542,6 +542,7 @@ def test_every_module_and_function_is_in_the_table():
     modules -= {ik.LinearLoss, ik.RadiusMarginLoss}  # there too
     of_labels = {ik.MultilabelSoftmaxLoss, ik.SmoothF1Loss, ik.DiceLoss, ik.F1WeightedCrossEntropyLoss}
     modules -= of_labels  # tests/test_multilabel_softmax.py, tests/test_batch_statistics.py
+    modules -= {ik.RunningPrior}  # no loss: tests/test_running_prior.py
     modules -= {ik.SigmoidLoss, *sigmoid_tables.MODULES}
     primitives |= {"ColumnSums", "column_sums", "multilabel_softmax_loss"}
     primitives |= {"smooth_f1_loss", "dice_loss", "f1_weighted_cross_entropy"}

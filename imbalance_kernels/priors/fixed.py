@@ -1,4 +1,4 @@
-"""Class priors: how often each class is expected, and what a zero count means."""
+"""Fixed class priors: how often each class is expected, and what a zero count means."""
 
 from __future__ import annotations
 
@@ -9,32 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["BinaryPrior", "Prior", "chosen_prior", "ldam_margins", "vs_factors"]
+from imbalance_kernels.priors.counts import checked_counts
+
+__all__ = ["BinaryPrior", "Prior", "checked_tau", "tempered"]
 
 ZERO_COUNT_POLICIES = ("laplace", "floor", "exclude")
 
 
-def _checked_counts(class_counts: Tensor | Sequence[float] | Any, argument: str = "class_counts") -> Tensor:
-    """Return counts (C,) as float64 on CPU.
+def checked_tau(tau: float) -> float:
+    """Return the temperature of a prior.
 
     Raises:
-        ValueError: not one-dimensional, empty, negative, not finite, or all zero.
+        ValueError: it is not finite.
     """
-    if isinstance(class_counts, Tensor):
-        if class_counts.requires_grad:
-            raise ValueError(f"{argument} requires grad, but it is a constant: pass {argument}.detach()")
-        counts = class_counts.detach().to(device="cpu", dtype=torch.float64)
-    else:
-        counts = torch.as_tensor(class_counts, dtype=torch.float64, device="cpu")
-    if counts.dim() != 1 or counts.numel() == 0:
-        raise ValueError(f"{argument} has shape {tuple(counts.shape)}, but it must be one number per class, (C,)")
-    if torch.compiler.is_compiling():  # which cannot read values
-        return counts.clone()
-    if not bool((torch.isfinite(counts) & (counts >= 0)).all()):
-        raise ValueError(f"{argument} must be finite and at least 0, got {class_counts!r}")
-    if not bool(counts.sum() > 0):
-        raise ValueError(f"{argument} is zero for every class")
-    return counts.clone()
+    if not math.isfinite(tau):
+        raise ValueError(f"tau is {tau!r}, but it must be finite")
+    return float(tau)
+
+
+def tempered(log_prior: Tensor, tau: float) -> Tensor:
+    """Return tau * log prior (C,); an excluded class stays at -inf, whatever tau is."""
+    return torch.where(log_prior == -math.inf, log_prior, tau * log_prior)
 
 
 class Prior:
@@ -60,7 +55,7 @@ class Prior:
     """
 
     def __init__(self, class_counts: Tensor | Sequence[float] | Any, tau: float = 1.0, zero_count: str | None = None):
-        counts = _checked_counts(class_counts)
+        counts = checked_counts(class_counts)
         if zero_count is not None and zero_count not in ZERO_COUNT_POLICIES:
             raise ValueError(f"zero_count is {zero_count!r}, but it must be None or one of {ZERO_COUNT_POLICIES}")
         zeros = 0 if torch.compiler.is_compiling() else int((counts == 0).sum())
@@ -82,7 +77,7 @@ class Prior:
         Raises:
             ValueError: a probability that is not above 0, or a sum that is not 1 within 1 %.
         """
-        values = _checked_counts(probabilities, "probabilities")
+        values = checked_counts(probabilities, "probabilities")
         if torch.compiler.is_compiling():
             pass
         elif not bool((values > 0).all()):
@@ -98,13 +93,10 @@ class Prior:
         return prior
 
     def _set(self, counts: Tensor, tau: float) -> None:
-        if not math.isfinite(tau):
-            raise ValueError(f"tau is {tau!r}, but it must be finite")
-        self.tau = float(tau)
+        self.tau = checked_tau(tau)
         self.counts = counts  # (C,) float64 on CPU, the zero-count policy applied
-        log_prior = torch.log(counts) - torch.log(counts.sum())
-        # tau * log prior (C,), float64 on CPU; -inf for an excluded class, whatever tau is
-        self.bias = torch.where(counts == 0, -math.inf, self.tau * log_prior)
+        self.log_prior = torch.log(counts) - torch.log(counts.sum())  # (C,) float64 on CPU
+        self.bias = tempered(self.log_prior, self.tau)  # tau * log prior (C,), float64 on CPU
 
     @property
     def num_classes(self) -> int:
@@ -152,7 +144,7 @@ class BinaryPrior:
         tau: float = 1.0,
         zero_count: str | None = None,
     ):
-        positives = _checked_counts(positive_counts, "positive_counts")
+        positives = checked_counts(positive_counts, "positive_counts")
         total = torch.as_tensor(total_count, dtype=torch.float64, device="cpu").expand_as(positives)
         negatives = total - positives
         if zero_count not in (None, "laplace", "floor"):
@@ -178,7 +170,7 @@ class BinaryPrior:
         Raises:
             ValueError: a probability that is not between 0 and 1.
         """
-        values = _checked_counts(probabilities, "probabilities")
+        values = checked_counts(probabilities, "probabilities")
         if not torch.compiler.is_compiling() and not bool(((values > 0) & (values < 1)).all()):
             raise ValueError("probabilities must be between 0 and 1, each of them without the ends")
         prior = cls.__new__(cls)
@@ -186,11 +178,10 @@ class BinaryPrior:
         return prior
 
     def _set(self, positives: Tensor, negatives: Tensor, tau: float) -> None:
-        if not math.isfinite(tau):
-            raise ValueError(f"tau is {tau!r}, but it must be finite")
-        self.tau = float(tau)
+        self.tau = checked_tau(tau)
         self.probabilities = positives / (positives + negatives)  # (C,) float64 on CPU
-        self.bias = self.tau * (torch.log(positives) - torch.log(negatives))  # (C,) float64 on CPU
+        self.log_prior = torch.log(positives) - torch.log(negatives)  # log-odds (C,), float64 on CPU
+        self.bias = self.tau * self.log_prior  # (C,) float64 on CPU
 
     @property
     def num_classes(self) -> int:
@@ -199,58 +190,3 @@ class BinaryPrior:
 
     def __repr__(self) -> str:
         return f"BinaryPrior(num_classes={self.num_classes}, tau={self.tau:g})"
-
-
-def chosen_prior(
-    class_counts: Tensor | Any | None, tau: float, zero_count: str | None, prior: Prior | Tensor | None
-) -> Prior:
-    """Return the prior of a logit-adjusted loss, given by counts or as a prior, one of them."""
-    if (class_counts is None) == (prior is None):
-        given = "neither" if prior is None else "both"
-        raise ValueError(f"class_counts and prior: {given} given, but the loss takes exactly one of them")
-    if prior is None:
-        return Prior(class_counts, tau, zero_count)
-    if zero_count is not None:
-        raise ValueError(
-            "zero_count is given with prior, but it belongs to counts: Prior(class_counts, zero_count=...)"
-        )
-    if isinstance(prior, Prior):
-        if tau != 1.0:
-            raise ValueError("tau is given with a Prior, which has its own: Prior(class_counts, tau=...)")
-        return prior
-    if not isinstance(prior, Tensor):
-        raise TypeError(f"prior is a {type(prior).__name__}, but it must be a Prior or a tensor of probabilities (C,)")
-    if prior.requires_grad:
-        raise ValueError("prior requires grad, but class vectors are constants: pass prior.detach()")
-    return Prior.from_probabilities(prior, tau)
-
-
-def ldam_margins(class_counts: Tensor | Any, max_margin: float = 0.5) -> Tensor:
-    """Return LDAM's margins (C,) in float64: ``max_margin * (n_min / n_j)^(1/4)``. Cao et al. 2019.
-
-    Raises:
-        ValueError: a class without examples, whose margin would be infinite; max_margin not above 0.
-
-    Example:
-        >>> ldam_margins([10000, 16, 1]).tolist()
-        [0.05, 0.25, 0.5]
-    """
-    counts = _checked_counts(class_counts)
-    if not torch.compiler.is_compiling() and bool((counts == 0).any()):
-        raise ValueError(
-            "class_counts has a zero, whose LDAM margin n^(-1/4) is infinite: leave the class out or count it once"
-        )
-    if not (math.isfinite(max_margin) and max_margin > 0):
-        raise ValueError(f"max_margin is {max_margin!r}, but it must be above 0 and finite")
-    return max_margin * (counts.min() / counts) ** 0.25
-
-
-def vs_factors(prior: Prior, gamma: float = 0.3) -> Tensor:
-    """Return VS loss's factors (C,) in float64: ``(n_j / n_max)^gamma``. Kini et al. 2021.
-
-    Raises:
-        ValueError: gamma negative or not finite.
-    """
-    if not (math.isfinite(gamma) and gamma >= 0):
-        raise ValueError(f"gamma is {gamma!r}, but it must be at least 0 and finite")
-    return (prior.counts / prior.counts.max()) ** gamma
