@@ -10,7 +10,7 @@ CSRC := $(wildcard csrc/*.[ch]* csrc/*/*.[ch]*)
 EMULATION := $(wildcard tests/emulation/*.h tests/emulation/*.cu)
 
 # As `make help` shows them: what a newcomer wants first, then what a change needs, then the rest.
-COMMANDS := help demo test bench bench-sigmoid demo-detection venv lint format test-full test-emulated mutants gpu-check triton-versions wheel clean
+COMMANDS := help demo test bench bench-sigmoid demo-detection venv lint format docs test-full test-emulated mutants gpu-check triton-versions wheel clean
 .PHONY: $(COMMANDS)
 
 help:  ## show this list
@@ -91,10 +91,19 @@ format: $(VENV)/.installed  ## rewrite the sources in the project's style
 	$(PY) -m ruff format
 	$(VENV)/bin/clang-format -i $(CSRC) $(EMULATION)
 
+# The pictures are drawn by matplotlib, which .installed has; the extension is not needed.
+$(VENV)/.docs: $(VENV)/.installed
+	IMBALANCE_KERNELS_BUILD=0 $(PIP) install -c constraints.txt --no-build-isolation -e '.[docs]'
+	touch $@
+
+docs: $(VENV)/.docs  ## draw the pictures of the losses and build the documentation into site/, warnings as errors
+	$(PY) docs/make_pictures.py
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
 wheel: venv  ## build both wheels into dist/: pure Python, and with the extension for this Python
 	rm -rf build/lib*  # setuptools would pack files deleted since
 	IMBALANCE_KERNELS_BUILD=0 $(PIP) wheel --no-deps --no-build-isolation -w dist .
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) wheel --no-deps --no-build-isolation -w dist .
 
 clean:  ## remove .venv and everything built
-	rm -rf $(VENV) build dist *.egg-info imbalance_kernels/_C*.so
+	rm -rf $(VENV) build dist site *.egg-info imbalance_kernels/_C*.so

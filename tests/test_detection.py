@@ -1,11 +1,7 @@
-"""The example of a detector: average precision, suppression and targets by hand, its loss literally; and it trains.
-
-Also the code blocks of docs/detection.md, which are run in order.
-"""
+"""The example of a detector: average precision, suppression and targets by hand, its loss literally; and it trains."""
 
 import json
 import math
-import re
 import sys
 from pathlib import Path
 
@@ -370,14 +366,3 @@ def test_named_right_by_hand(detection, boxes):
     assert share[1:3].tolist() == [1 / 2, 1] and share[3:].isnan().all()
     nothing = boxes.Detections(there, torch.tensor([0.9]), torch.tensor([0]))
     assert detection.named_right([nothing], [boxes.Truths(here, torch.tensor([0]))])[0] == 0
-
-
-# ---------------------------------------------------------------- docs/detection.md
-
-
-def test_the_documentations_code_runs():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "detection.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) >= 4 and all("assert" in block for block in blocks)
-    names = {}
-    for block in blocks:
-        exec(compile(block, "docs/detection.md", "exec"), names)
