@@ -4,8 +4,8 @@
 //
 // - multilabel_in_lanes: narrow rows, each shared by 1 to 32 lanes of a warp, which hold it in registers between its
 //   sums and its gradient. Nothing but shuffles between them.
-// - multilabel_in_sweeps: longer rows: one block reads a row in pieces, and for its gradient again, the last piece
-//   first, so that it begins with what the cache still holds.
+// - multilabel_in_sweeps: longer rows, and rows that are not aligned from half that length on: one block reads a row in
+//   pieces, and for its gradient again, the last piece first, so that it begins with what the cache still holds.
 //
 // Every logit takes the side of its label, so that a positive is left out of the first sum and a negative out of the
 // second; neither is subtracted. Labels between 0 and 1 take both, weighted. The shift of a sum is 0 where no logit is
@@ -24,7 +24,7 @@ namespace imbalance::cuda {
 namespace {
 
 constexpr int kMultilabelPacks = 4;      // of a lane's registers
-constexpr int kWideMultilabelPacks = 8;  // where 32 lanes need more
+constexpr int kWideMultilabelPacks = 8;  // where 32 lanes need more, of aligned rows: others would spill kilobytes
 constexpr int kMultilabelThreads = 128;
 constexpr int kMultilabelSweepPacks = 2;  // at a time
 constexpr int kMultilabelSweepThreads = 512;
@@ -305,15 +305,13 @@ cudaError_t with_form(bool dense, bool aligned, const Function& f) {
 }
 
 template <int packs, class S>
-cudaError_t launch_in_lanes(const MultilabelRows<S>& rows, bool dense, bool aligned, cudaStream_t stream) {
+cudaError_t launch_in_lanes(void (*kernel)(MultilabelRows<S>, int), const MultilabelRows<S>& rows,
+                            cudaStream_t stream) {
   const int lanes = lanes_for(rows.labels.classes, packs * Pack<S>::width, kWarp);
-  return with_form(dense, aligned, [&](auto is_dense, auto is_aligned) {
-    const auto kernel = &multilabel_in_lanes<S, is_dense.value, is_aligned.value, packs>;
-    Shape shape{1, kMultilabelThreads, 1, 0};
-    const std::int64_t work = ceiling(rows.count, kMultilabelThreads / lanes);
-    if (const cudaError_t error = fill_device(kernel, work, &shape)) return error;
-    return launch(kernel, shape, stream, rows, lanes);
-  });
+  Shape shape{1, kMultilabelThreads, 1, 0};
+  const std::int64_t work = ceiling(rows.count, kMultilabelThreads / lanes);
+  if (const cudaError_t error = fill_device(kernel, work, &shape)) return error;
+  return launch(kernel, shape, stream, rows, lanes);
 }
 
 template <class S>
@@ -340,10 +338,15 @@ cudaError_t multilabel_rows_of(const MultilabelLossArguments& a, cudaStream_t st
                        at_packs(call.logits) && at_packs(call.d_logits) && at_packs(call.bias) &&
                        are_aligned(rows.labels);
   if (call.classes <= kWarp * width * kMultilabelPacks) {
-    return launch_in_lanes<kMultilabelPacks>(rows, dense, aligned, stream);
+    return with_form(dense, aligned, [&](auto is_dense, auto is_aligned) {
+      const auto kernel = &multilabel_in_lanes<S, is_dense.value, is_aligned.value, kMultilabelPacks>;
+      return launch_in_lanes<kMultilabelPacks>(kernel, rows, stream);
+    });
   }
-  if (call.classes <= kWarp * width * kWideMultilabelPacks) {
-    return launch_in_lanes<kWideMultilabelPacks>(rows, dense, aligned, stream);
+  if (aligned && call.classes <= kWarp * width * kWideMultilabelPacks) {
+    auto kernel = &multilabel_in_lanes<S, false, true, kWideMultilabelPacks>;
+    if (dense) kernel = &multilabel_in_lanes<S, true, true, kWideMultilabelPacks>;
+    return launch_in_lanes<kWideMultilabelPacks>(kernel, rows, stream);
   }
   return with_form(dense, aligned, [&](auto is_dense, auto is_aligned) {
     const auto kernel = &multilabel_in_sweeps<S, is_dense.value, is_aligned.value>;
