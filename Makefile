@@ -10,7 +10,7 @@ CSRC := $(wildcard csrc/*.[ch]* csrc/*/*.[ch]*)
 EMULATION := $(wildcard tests/emulation/*.h tests/emulation/*.cu)
 
 # As `make help` shows them: what a newcomer wants first, then what a change needs, then the rest.
-COMMANDS := help demo test bench bench-sigmoid demo-detection venv lint format docs test-full test-emulated mutants gpu-check triton-versions wheel clean
+COMMANDS := help demo test bench bench-sigmoid demo-detection study venv lint format docs test-full test-emulated mutants gpu-check triton-versions wheel clean
 .PHONY: $(COMMANDS)
 
 help:  ## show this list
@@ -64,6 +64,9 @@ demo: venv  ## run the demo (DEMO_ARGS="--data FOLDER")
 
 demo-detection: venv  ## train a small detector with three losses (DEMO_ARGS="--steps 100")
 	$(PY) examples/detection.py $(DEMO_ARGS)
+
+study: venv  ## make the runs of the long-tail study that are missing, and docs/study.md (STUDY_ARGS="--report")
+	$(PY) examples/long_tail_study.py $(STUDY_ARGS)
 
 bench: venv  ## run the benchmark of the softmax losses (BENCH_ARGS="...")
 	$(PY) bench/bench_softmax_loss.py $(BENCH_ARGS)

@@ -1,7 +1,8 @@
-"""Images for the long-tailed experiment: Fashion-MNIST where its files are, else scikit-learn's digits.
+"""Images for the long-tailed experiments: Fashion-MNIST where its files are, else scikit-learn's digits.
 
-Nothing is downloaded. `load_images` returns a training set with an exponential class profile (class 0 is the most
-frequent, the last class `imbalance_factor` times rarer) and a test set in which all classes are equally frequent.
+Nothing is downloaded. `load_images` returns a training set with a class profile, exponential if nothing else is asked
+for (class 0 is the most frequent, the last class `imbalance_factor` times rarer), and a test set in which all classes
+are equally frequent.
 """
 
 from __future__ import annotations
@@ -48,6 +49,16 @@ def exponential_profile(images_per_class: int, num_classes: int, imbalance_facto
     return [round(rarest * imbalance_factor**step) for step in steps]
 
 
+def step_profile(images_per_class: int, num_classes: int, imbalance_factor: int) -> list[int]:
+    """The first half of the classes has as many images as there are, the second `imbalance_factor` times fewer."""
+    frequent = num_classes - num_classes // 2
+    ends = exponential_profile(images_per_class, 2, imbalance_factor)
+    return [ends[0]] * frequent + [ends[1]] * (num_classes - frequent)
+
+
+PROFILES = {"exponential": exponential_profile, "step": step_profile}
+
+
 def _read_idx(folder: Path, stem: str) -> Tensor:
     """One file of the IDX format: two zero bytes, 8 (uint8), the number of dimensions, each as a big-endian int32."""
     path = next(path for path in (folder / stem, folder / f"{stem}.gz") if path.exists())
@@ -92,15 +103,17 @@ def read_digits() -> tuple[Tensor, ...]:
     return images[~is_test], labels[~is_test], images[is_test], labels[is_test]
 
 
-def load_images(folder: Path | None, imbalance_factor: int, seed: int) -> LongTailedImages:
-    """The seed draws which training images are kept; the test set is always the same."""
-    fashion = find_fashion_mnist(folder)
+def load_images(
+    folder: Path | None, imbalance_factor: int, seed: int, profile: str = "exponential", digits: bool = False
+) -> LongTailedImages:
+    """The seed draws which training images are kept; the test set is always the same. `digits` in any case, if so."""
+    fashion = None if digits else find_fashion_mnist(folder)
     name = "Fashion-MNIST" if fashion else "scikit-learn digits"
     class_names = FASHION_CLASSES if fashion else tuple(str(k) for k in range(10))
     train_images, train_labels, test_images, test_labels = _fashion_mnist(fashion) if fashion else read_digits()
 
     images_per_class = int(train_labels.bincount().min())
-    class_counts = exponential_profile(images_per_class, len(class_names), imbalance_factor)
+    class_counts = PROFILES[profile](images_per_class, len(class_names), imbalance_factor)
     generator = torch.Generator().manual_seed(seed)
     members = [(train_labels == k).nonzero()[:, 0] for k in range(len(class_names))]
     kept = torch.cat(

@@ -44,7 +44,7 @@ plt.rcParams.update(
 )
 
 
-def _finish(figure: Figure, title: str, explanation: str, path: Path) -> Path:
+def finish(figure: Figure, title: str, explanation: str, path: Path) -> Path:
     """Title and explanation at the upper left, at fixed distances whatever the figure's height; save and close."""
     inch = 1 / figure.get_figheight()
     left = 0.12 / figure.get_figwidth()
@@ -89,7 +89,7 @@ def accuracy_per_class(result: dict, path: Path) -> Path:
     counts.tick_params(axis="x", length=0)
     accuracy.tick_params(axis="x", length=0)
     counts.set_xticks([*classes, len(classes)], [*result["class_names"], "balanced\naccuracy"])
-    return _finish(
+    return finish(
         figure,
         f"Who pays for the imbalance: accuracy per class, {result['data']}",
         f"Classes from the most frequent to the rarest. Dots: mean of {result['schedule']['seeds']} seeds;\n"
@@ -129,7 +129,7 @@ def slopes(path: Path) -> Path:
     grid[0, 0].set_xticks([-6, -3, 0, 3, 6])
     figure.supxlabel("log-odds of the true class, log p / (1 - p)", fontsize=10)
     figure.supylabel("pull towards the true class (minus the slope)", fontsize=10)
-    return _finish(
+    return finish(
         figure,
         "Every loss here is one curve: how hard a row pulls, given how sure the model is",
         "The true class's logit gets the slope at the row's log-odds as its gradient; the others share its opposite.\n"
@@ -175,7 +175,7 @@ def time_and_memory(result: dict, path: Path) -> Path:
 
     panels[0].set_yticks(range(len(names), 0, -1), [name.replace(", ", ",\n") for name in names])
     num_rows, num_tokens = result["shape"]
-    return _finish(
+    return finish(
         figure,
         f"Cross-entropy over {num_tokens:,} tokens, against the floor",
         f"{num_rows} rows of float32 logits on {result['device']}; forward and backward, best step, median memory. "
@@ -213,7 +213,7 @@ def average_precision(result: dict, path: Path) -> Path:
         axes.set_axisbelow(True)
     seeds = result["schedule"]["seeds"]
     over = f"Mean of {seeds} seeds; bands and bars from the lowest to the highest. " if seeds > 1 else "One seed. "
-    return _finish(
+    return finish(
         figure,
         "Detecting long-tailed digits: average precision at IoU 0.5",
         over + "The same steps, rate and images for every loss.",
@@ -253,7 +253,7 @@ def detections(canvases: Canvases, found: dict[str, list[Detections]], path: Pat
             axes.set_yticks([])
             for spine in axes.spines.values():
                 spine.set_visible(False)
-    return _finish(
+    return finish(
         figure,
         "What the detectors find",
         "Test images of the first seed, in each as many boxes as it has digits: the surest of any class.\n"
