@@ -168,8 +168,11 @@ struct Varifocal {
   }
 };
 
-// Without a clip both sides are focal: a type of its own, so that most packs, which hold no positive, need one logarithm.
-template <bool is_clipped, class NegativeExponent, class PositiveExponent>
+// Whether negatives are clipped. Without a clip both sides are focal; with one, most packs, which hold no positive,
+// need one logarithm, if the compiler knows of it.
+enum class Clipping { none, some, asked };
+
+template <Clipping clipping, class NegativeExponent, class PositiveExponent>
 struct Asymmetric {
   NegativeExponent gamma_neg;
   PositiveExponent gamma_pos;
@@ -177,11 +180,10 @@ struct Asymmetric {
 
   template <class Number>
   IMBALANCE_INLINE ValueAndSlope<Number> of_negative(const Truth<Number>& t) const {
-    if constexpr (is_clipped) {
-      return clipped_focal(t, exponent<Number>(gamma_neg), number<Number>(clip));
-    } else {
-      return focal(t, exponent<Number>(gamma_neg));
+    if constexpr (clipping != Clipping::some) {
+      if (clipping == Clipping::none || clip == 0) return focal(t, exponent<Number>(gamma_neg));
     }
+    return clipped_focal(t, exponent<Number>(gamma_neg), number<Number>(clip));
   }
   template <class Number>
   IMBALANCE_INLINE ValueAndSlope<Number> hard(const Truth<Number>& t, MaskOf<Number> positive, Number) const {
@@ -247,8 +249,10 @@ auto with_objective(const SigmoidArguments& call, const Run& run) {
     case BinaryObjectiveKind::asymmetric:
       return Exponents::choose(first, second, [&](auto negative, auto positive) {
         const double clip = call.objective_parameters[2];
-        if (clip == 0) return run(Asymmetric<false, decltype(negative), decltype(positive)>{negative, positive, clip});
-        return run(Asymmetric<true, decltype(negative), decltype(positive)>{negative, positive, clip});
+        if (clip == 0) {
+          return run(Asymmetric<Clipping::none, decltype(negative), decltype(positive)>{negative, positive, clip});
+        }
+        return run(Asymmetric<Clipping::some, decltype(negative), decltype(positive)>{negative, positive, clip});
       });
   }
   return run(OfRegistry<ObjectiveKind::cross_entropy>{0});

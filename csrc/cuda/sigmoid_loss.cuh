@@ -658,8 +658,7 @@ struct AnyObjective {
       case BinaryObjectiveKind::varifocal:
         return Varifocal<double>{first, second}.hard(t, positive, parameter);
       case BinaryObjectiveKind::asymmetric:
-        if (third == 0) return Asymmetric<false, double, double>{first, second, third}.hard(t, positive, parameter);
-        return Asymmetric<true, double, double>{first, second, third}.hard(t, positive, parameter);
+        return Asymmetric<Clipping::asked, double, double>{first, second, third}.hard(t, positive, parameter);
       default:
         return evaluate(static_cast<ObjectiveKind>(kind), t, parameter, number<N>(second));
     }
@@ -674,8 +673,7 @@ struct AnyObjective {
       case BinaryObjectiveKind::varifocal:
         return Varifocal<double>{first, second}.soft(t, y, parameter);
       case BinaryObjectiveKind::asymmetric:
-        if (third == 0) return Asymmetric<false, double, double>{first, second, third}.soft(t, y, parameter);
-        return Asymmetric<true, double, double>{first, second, third}.soft(t, y, parameter);
+        return Asymmetric<Clipping::asked, double, double>{first, second, third}.soft(t, y, parameter);
       default:
         return mixed_sides(t, HardCost<AnyObjective, N>{*this, parameter});
     }
