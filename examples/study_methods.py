@@ -165,9 +165,15 @@ METHODS = (
         lambda counts: ik.LogitAdjustedLoss(counts, weight=inverse(counts).float()),
         has_none,
     ),
-    Method("the same by its effective prior", TWICE, with_prior_of(weight="1/p"), has_none),
+    Method("effective prior of weights 1/p", TWICE, with_prior_of(weight="1/p"), has_none),
     Method("adjustment + balanced sampler", TWICE, adjusted(1.0), has_none, is_balanced=True),
-    Method("that by its effective prior", TWICE, with_prior_of(sampler="balanced"), has_none, is_balanced=True),
+    Method(
+        "effective prior of the balanced sampler",
+        TWICE,
+        with_prior_of(sampler="balanced"),
+        has_none,
+        is_balanced=True,
+    ),
 )  # fmt: skip
 
 MAIN = (

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import FixedLocator, NullLocator
 from plots import FAINT, INK, OURS, PLAIN, QUIET, RIGHT, finish
 from study_methods import (
     CROSS_ENTROPY,
@@ -186,7 +187,7 @@ CLAIMS = (
     Claim(
         "With the effective prior that is what weights 1/p are",
         "",
-        "the same by its effective prior",
+        "effective prior of weights 1/p",
         "weights 1/p",
         equal=True,
     ),
@@ -194,7 +195,7 @@ CLAIMS = (
     Claim(
         "With the effective prior that is what the balanced sampler is",
         "",
-        "that by its effective prior",
+        "effective prior of the balanced sampler",
         "balanced sampler",
         equal=True,
     ),
@@ -253,6 +254,10 @@ def plot_errors(study: Study, path: Path) -> Path:
         axes.errorbar(balanced[0], place, xerr=balanced[1], fmt="o", color=PLAIN, markersize=5, zorder=2)
         axes.errorbar(as_it_is[0], place, xerr=as_it_is[1], fmt="o", color=OURS, markersize=5, zorder=3)
     axes.set_yticks(range(len(names)), names)
+    axes.set_xscale("log")  # most lie within two points, some hardly train
+    axes.xaxis.set_major_locator(FixedLocator([14, 16, 18, 20, 25, 30, 40, 50, 70]))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("balanced error, %")
     axes.grid(axis="x", color=FAINT)
     explanation = (
@@ -279,20 +284,23 @@ def plot_trade_off(study: Study, path: Path) -> Path:
     post_hoc = [(tau, point([(r["post_hoc"][f"{tau:g}"], r["class_counts"]) for r in plain])) for tau in POST_HOC_TAUS]
     trained = [(tau, as_it_is(f"logit adjustment, τ = {tau:g}")) for tau in TAUS]
     start = [(0.0, as_it_is(CROSS_ENTROPY))]
+    taus = ", ".join(f"{tau:g}" for tau in TAUS)
     for points, color, label in (
         (start + post_hoc, PLAIN, "post-hoc adjustment"),
-        (start + trained, OURS, "logit adjustment in training"),
+        (start + trained, OURS, f"logit adjustment in training, τ = {taus}"),
     ):
         axes.plot(*zip(*(at for _, at in points), strict=True), "o-", color=color, label=label, zorder=3)
-        for tau, at in points[1:]:
-            axes.annotate(f"τ {tau:g}", at, xytext=(5, 5), textcoords="offset points", fontsize=8, color=color)
+    for tau, at in post_hoc:  # the curve falls steeply, then rises: beside it, then below
+        offset = (10, -3) if tau <= 0.5 else (4, -13)
+        axes.annotate(f"τ {tau:g}", at, xytext=offset, textcoords="offset points", fontsize=8, color=QUIET)
     shown_names = {tau_name for tau_name in (f"logit adjustment, τ = {tau:g}" for tau in TAUS)} | {CROSS_ENTROPY}
     others = [method.name for method in METHODS if method.name in MAIN and method.name not in shown_names]
     for name in others:
         if study.has(name):
             at = as_it_is(name)
             axes.plot(*at, "o", color=RIGHT, zorder=4)
-            axes.annotate(name, at, xytext=(6, -10), textcoords="offset points", fontsize=8, color=INK)
+            lines = name.replace(", ", ",\n")
+            axes.annotate(lines, at, xytext=(6, 1), textcoords="offset points", fontsize=8, color=INK)
     axes.set_xlabel("error of images as frequent as in training, %")
     axes.set_ylabel("balanced error, %")
     axes.grid(color=FAINT)
