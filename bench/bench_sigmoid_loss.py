@@ -1,4 +1,4 @@
-"""The sigmoid family, and images with classes first: values first, then time and memory, in units of a warm copy_.
+"""The sigmoid family, channels-first images, and Dice: values first, then time and memory, in units of a warm copy_.
 
 The floor of a loss with its gradient in place is copy_ of the logits into warm memory: one read and one write. Eager
 losses are written as torchvision and users write them: class labels become one-hot, images are permuted into rows.
@@ -29,7 +29,7 @@ from timing import Measurement, measure, peak_bytes
 from torch import Tensor
 
 from imbalance_kernels.binary_objectives import BINARY_REGISTRY
-from imbalance_kernels.functional import focal_loss, sigmoid_focal_loss, sigmoid_loss
+from imbalance_kernels.functional import column_sums, dice_loss, focal_loss, sigmoid_focal_loss, sigmoid_loss
 
 JUDGED = (262144, 80)  # the shape of what is promised of a CPU
 SHAPES = [JUDGED, (1_000_000, 80), (100_000, 1203), (16, 80, 128, 128)]
@@ -42,6 +42,7 @@ LABELS, DENSE = "class labels", "dense labels"
 OURS, IN_PLACE, LOSS_ONLY = "ours", "ours, in place", "ours, loss alone"
 TORCHVISION, BCE = "torchvision's formula", "F.binary_cross_entropy_with_logits"
 PERMUTED = "permute + eager"
+EAGER_DICE, REFERENCE = "Dice in eager torch, one-hot", "impl='reference'"
 COMPARED = 4096  # logits of the first rows or images that are compared with float64
 LIMIT = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # of a gradient's error, relative to its size
 # What is promised of a CPU in float32.
@@ -135,6 +136,22 @@ def eager_sigmoid_focal(logits: Tensor, labels: Tensor, normalizer: Tensor) -> T
     rows = logits.permute(0, 2, 3, 1).reshape(-1, logits.shape[1])
     target = F.one_hot(labels.reshape(-1), logits.shape[1] + 1)[:, :-1].to(logits.dtype)
     return torchvision_formula(rows, target, normalizer)
+
+
+def eager_dice(logits: Tensor, labels: Tensor, normalizer: Tensor) -> Tensor:
+    """Dice of a softmax, class by class, as libraries of segmentation write it."""
+    kept = (labels >= 0).unsqueeze(1)
+    p = torch.softmax(logits, dim=1) * kept
+    y = one_hot(labels, logits.shape[1]) * kept
+    rows = [0, *range(2, logits.dim())]
+    return 1 - ((2 * (p * y).sum(rows) + 1) / ((p + y).sum(rows) + 1)).mean()
+
+
+def ours_dice(**keywords: Any) -> Loss:
+    def loss(logits: Tensor, target: Tensor, normalizer: Tensor) -> Tensor:
+        return dice_loss(logits, target, smooth=1.0, from_softmax=True, **keywords)
+
+    return loss
 
 
 def ours_sigmoid(**keywords: Any) -> Loss:
@@ -257,6 +274,22 @@ def true_gradient(problem: Problem, loss: Loss, target: Tensor, first: int) -> T
     return gradient
 
 
+def true_dice_gradient(problem: Problem, first: int) -> Tensor:
+    """The same of Dice, whose sums are of all rows or images: in float64 they are made a few at a time."""
+    total = None
+    for begin in range(0, problem.shape[0], first):
+        x, labels = problem.logits[begin : begin + first].double(), problem.labels[begin : begin + first]
+        sums = torch.stack(column_sums(x, labels, from_softmax=True, impl="reference")[:3])
+        total = sums if total is None else total + sums
+    predicted, true_positives = total[:2].requires_grad_()
+    loss = 1 - ((2 * true_positives + 1) / (predicted + total[2].detach() + 1)).mean()
+    upstream = torch.autograd.grad(loss, (predicted, true_positives))
+    x = problem.logits[:first].double().requires_grad_()
+    sums = column_sums(x, problem.labels[:first], from_softmax=True, impl="reference")
+    (gradient,) = torch.autograd.grad(sums[:2], x, upstream)
+    return gradient
+
+
 def error_of(candidate: Candidate, truth: Tensor) -> float:
     if candidate.prepare is not None:
         candidate.prepare()
@@ -358,6 +391,28 @@ def time_images(shape: tuple[int, ...], arguments: argparse.Namespace, device: t
     return results
 
 
+def time_dice(shape: tuple[int, ...], arguments: argparse.Namespace, device: torch.device, run: Run) -> Result:
+    """Dice of a softmax from class labels, of rows or of images, beside what it is in PyTorch."""
+    problem = Problem(shape, torch.float32, device)
+    labels = torch.randint(shape[1], problem.labels.shape, device=device)
+    problem.labels = torch.where(problem.labels == -100, problem.labels, labels)
+    result = Result(f"{problem.name}, Dice of a softmax")
+    truths = {LABELS: true_dice_gradient(problem, 1 if len(shape) > 2 else max(1, shape[0] // 8))}
+    candidates = [
+        training(problem, OURS, LABELS, ours_dice(), problem.labels),
+        training(problem, REFERENCE, LABELS, ours_dice(impl="reference"), problem.labels),
+        training(problem, EAGER_DICE, LABELS, eager_dice, problem.labels),
+    ]
+    if not arguments.no_compile:
+        compiled = torch.compile(eager_dice, dynamic=False, fullgraph=True)
+        candidates.append(training(problem, COMPILED, LABELS, compiled, problem.labels))
+    right = checked(problem, candidates, truths, result, run)
+    if device.type == "cpu":
+        result.peaks = {_label(c): peak_bytes(c) for c in right}
+    result.measurements = measure(floors(problem) + right, arguments.samples, 0.0, math.inf)
+    return result
+
+
 def table(result: Result) -> str:
     lines = [heading(result.name), f"{'':<52}{'median ms':>10}{'copies':>9}{'peak MB':>9}{'error':>9}"]
     for measurement in result.measurements:
@@ -446,6 +501,9 @@ def main() -> None:
             print(table(result), flush=True)
             if device.type == "cpu" and not arguments.quick:
                 print("\n".join(image_verdicts(result)), flush=True)
+        for shape in (QUICK_SHAPES[0], QUICK_IMAGES) if arguments.quick else (JUDGED, IMAGES):
+            results.append(time_dice(shape, arguments, device, run))
+            print(table(results[-1]), flush=True)
     path = arguments.output / "sigmoid_loss.json"
     record = {"machine": run.machine, "notes": run.notes, "results": [asdict(result) for result in results]}
     path.write_text(json.dumps(record, indent=1) + "\n")

@@ -421,13 +421,17 @@ class MultilabelCall : public BesideLogits {
   }
 };
 
+#define COLUMN_SUMS_SCHEMA "Tensor target, Tensor? sample_weight, int ignore_index, bool from_softmax"
+#define COLUMN_SUMS_PARAMETERS \
+  const Tensor &target, const OptionalTensor &sample_weight, int64_t ignore_index, bool from_softmax
+#define COLUMN_SUMS_NAMES target, sample_weight, ignore_index, from_softmax
+
 // What the kernels of column_sums get.
 class ColumnSumsCall : public BesideLogits {
  public:
   ColumnSumsArguments arguments{};
 
-  ColumnSumsCall(const Tensor& logits, const Tensor& target, const OptionalTensor& sample_weight, int64_t ignore_index)
-      : BesideLogits(logits) {
+  ColumnSumsCall(const Tensor& logits, COLUMN_SUMS_PARAMETERS) : BesideLogits(logits) {
     const bool images = logits.dim() == 3;
     TORCH_CHECK_VALUE(images || logits.dim() == 2, "logits must be (N, C) rows or (B, C, P) images");
     TORCH_CHECK_VALUE(logits.size(-1) <= 1 || logits.stride(-1) == 1, "logits must have a last dimension of stride 1");
@@ -442,6 +446,7 @@ class ColumnSumsCall : public BesideLogits {
     set_labels(target, arguments.rows(), &arguments);
     arguments.ignore_index = ignore_index;
     arguments.sample_weight = vector("sample_weight", sample_weight, arguments.rows());
+    arguments.from_softmax = from_softmax;
   }
 };
 
@@ -871,8 +876,9 @@ struct Cuda {
     check_launch(cuda::column_parts(call, &count));
     const Tensor parts = at::empty({count, 3, call.classes}, logits.options().dtype(at::kDouble));
     const Tensor sums = empty_result(logits, {3, call.classes});
-    check_launch(
-        cuda::column_sums(call, count, parts.mutable_data_ptr<double>(), sums.mutable_data_ptr(), current_stream()));
+    const Tensor softmax = empty_result(logits, {call.from_softmax ? call.rows() : 0, 2});
+    check_launch(cuda::column_sums(call, softmax.mutable_data_ptr(), count, parts.mutable_data_ptr<double>(),
+                                   sums.mutable_data_ptr(), current_stream()));
     return sums;
   }
 
@@ -1000,13 +1006,10 @@ void multilabel_softmax_backward_(const Tensor& logits, MULTILABEL_PARAMETERS, c
 
 // ---------------------------------------------------------------- column_sums
 
-#define COLUMN_SUMS_SCHEMA "Tensor target, Tensor? sample_weight, int ignore_index"
-#define COLUMN_SUMS_PARAMETERS const Tensor &target, const OptionalTensor &sample_weight, int64_t ignore_index
-
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> column_sums(const Tensor& logits, COLUMN_SUMS_PARAMETERS) {
   const c10::DeviceGuard guard(logits.device());
-  const Tensor sums = Device::column_sums(logits, ColumnSumsCall(logits, target, sample_weight, ignore_index));
+  const Tensor sums = Device::column_sums(logits, ColumnSumsCall(logits, COLUMN_SUMS_NAMES));
   return {sums[0].clone(), sums[1].clone(), sums[2].clone()};  // no views of one another: torch asks for that
 }
 
@@ -1015,7 +1018,7 @@ Tensor column_sums_backward(const Tensor& logits, COLUMN_SUMS_PARAMETERS, const 
                             const Tensor& d_true_positives) {
   const c10::DeviceGuard guard(logits.device());
   const Tensor d_logits = Device::empty_gradient(logits);
-  ColumnSumsCall columns(logits, target, sample_weight, ignore_index);
+  ColumnSumsCall columns(logits, COLUMN_SUMS_NAMES);
   columns.arguments.d_predicted = columns.vector("d_predicted", d_predicted, logits.size(1));
   columns.arguments.d_true_positives = columns.vector("d_true_positives", d_true_positives, logits.size(1));
   columns.arguments.d_logits = d_logits.mutable_data_ptr();

@@ -47,6 +47,7 @@ struct ColumnSumsArguments {
   std::int64_t ignore_index;
 
   const void* sample_weight;  // (N,) or null
+  bool from_softmax;          // p is a softmax over the classes of a row, not a sigmoid
 
   // For the gradient alone.
   const void* d_predicted;       // (C,)

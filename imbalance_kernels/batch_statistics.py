@@ -49,8 +49,8 @@ def column_sums(
     """Sums over a batch, class by class: of p, of y p and of y, with ``p = sigmoid(x)``; differentiable in the logits.
 
     They are the soft counts of predictions, of true positives and of positives that F1, precision, recall and their
-    relatives are made of. The logits are read once, and in backward once more; labels never become one-hot, and nothing
-    of the logits' size exists beside their gradient. The order of summation does not depend on chance.
+    relatives are made of. Labels never become one-hot, and nothing of the logits' size exists beside their gradient.
+    The order of summation does not depend on chance.
 
     Args:
         input: logits (N, C), (C,), (N, C, d1, ...) or, with ``class_dim=-1``, (..., C); float32, float64, bfloat16 or
@@ -58,8 +58,8 @@ def column_sums(
         target: class labels, lists of classes or dense labels as of `sigmoid_loss`, which see.
         ignore_index: a class label whose row does not count; padding of lists.
         sample_weight: weights of rows, of input's shape without its classes; a row of weight 0 adds nothing.
-        from_softmax: p is the softmax over classes instead. There is no kernel of it: it is made by PyTorch, with
-            several temporaries of the logits' size, and `impl` must be None or "reference".
+        from_softmax: p is the softmax over classes instead; a logit of -inf masks its class, and a row of nothing but
+            these is NaN, as torch's softmax is.
         class_dim: 1 as torch has it, or -1 for classes last.
         process_group: a group of torch.distributed whose batches are summed up together, such as
             torch.distributed.group.WORLD; None is this process alone. Gradients are summed over the group too, so that
@@ -117,7 +117,7 @@ def smooth_f1_loss(
         target: labels, see `column_sums`.
         average: "per_class" for the mean of the classes' losses, "global" for one F1 of all classes' sums.
         smooth: at least 0, added above and below.
-        from_softmax: p is the softmax over classes instead of a sigmoid; it has no kernel, see `column_sums`.
+        from_softmax: p is the softmax over classes instead of a sigmoid.
         ignore_index: a class label whose row does not count; padding of lists.
         class_dim: 1 as torch has it, or -1 for classes last.
         process_group: whose batches are summed up together, see `column_sums`.
@@ -231,7 +231,7 @@ class SmoothF1Loss(torch.nn.Module):
     Args:
         average: "per_class" or "global".
         smooth: at least 0, added above and below.
-        from_softmax: p is the softmax over classes instead of a sigmoid (made by PyTorch, without a kernel).
+        from_softmax: p is the softmax over classes instead of a sigmoid.
         ignore_index, class_dim, process_group, impl: see imbalance_kernels.functional.column_sums.
 
     Source: kexue.fm 7708; Milletari et al. 2016 (Dice).

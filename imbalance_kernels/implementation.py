@@ -87,13 +87,12 @@ def version() -> str:
         return "unknown"
 
 
-def choose(impl: str | None, logits: Tensor, lacking: tuple[str, ...] = ()) -> str:
+def choose(impl: str | None, logits: Tensor) -> str:
     """Return the implementation for `logits`: the one asked for, or for None the best one available.
 
     Args:
         impl: one of IMPLEMENTATIONS, or None.
         logits: on the device and in the dtype to be served.
-        lacking: implementations that have no kernel of the operation.
 
     Raises:
         ValueError: `impl` is no implementation's name, or it does not serve the device or dtype of `logits`.
@@ -104,16 +103,13 @@ def choose(impl: str | None, logits: Tensor, lacking: tuple[str, ...] = ()) -> s
     cuda_serves = _cuda_serves(logits.device)
     triton_serves = _HAS_TRITON and (device in TRITON_DEVICES or (device == "cpu" and _INTERPRETS_TRITON))
     if impl is None:
-        if device == "cuda" and cuda_serves and "cuda" not in lacking:
+        if device == "cuda" and cuda_serves:
             return "cuda"
-        if device in TRITON_DEVICES and triton_serves and "triton" not in lacking:
+        if device in TRITON_DEVICES and triton_serves:
             return "triton"
-        return "cpu" if cpu_serves and "cpu" not in lacking else "reference"
+        return "cpu" if cpu_serves else "reference"
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl is {impl!r}, but it must be None or one of {IMPLEMENTATIONS}")
-    if impl in lacking:
-        others = ", ".join(repr(name) for name in IMPLEMENTATIONS[::-1] if name not in lacking)
-        raise ValueError(f"impl={impl!r} has no kernel of this operation: use impl={others} or None")
     if impl == "cuda" and not cuda_serves:
         if not _CUDA_TARGETS and not emulates_cuda():
             raise RuntimeError(

@@ -8,12 +8,13 @@ does checks, layouts and the choice of implementation.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from imbalance_kernels.binary_objectives import Sides, side_slopes, side_values
-from imbalance_kernels.differentiation import declared
+from imbalance_kernels.differentiation import declared, once_differentiable
 from imbalance_kernels.options import MultilabelOptions, SigmoidOptions, SoftmaxOptions, accumulate_dtype
 from imbalance_kernels.softmax_row import RowSplit, RowTargets, reduce_rows, row_losses
 
@@ -180,15 +181,16 @@ def column_sums(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the sums over rows of p, of y p and of y, each (C,) and weighted by sample_weight; N = B * P.
 
-    A row whose sample weight is 0, or whose label is ignored, adds nothing, whatever it holds; one whose label is
-    neither a class nor the background makes the sums of p and of y p NaN.
+    p is a sigmoid, or the softmax of a row, where a logit of -inf is a masked class; a row of nothing else is NaN. A
+    row whose sample weight is 0, or whose label is ignored, adds nothing, whatever it holds; one whose label is neither
+    a class nor the background makes the sums of p and of y p NaN.
     """
     x = logits.to(accumulate_dtype(logits.dtype))
     y = dense_labels(target, logits, ignore_index).to(x.dtype)
     if logits.dim() == 3:
         x, y = (each.transpose(1, 2).reshape(-1, logits.shape[1]) for each in (x, y))
     x, uncounted, _ = _counted_rows(x, target, ignore_index, sample_weight, None)
-    p = torch.softmax(x, dim=1) if from_softmax else declared(x, torch.sigmoid, _sigmoid_slope)
+    p = _Softmax.apply(x) if from_softmax else declared(x, torch.sigmoid, _sigmoid_slope)
     weight = torch.ones_like(uncounted, dtype=x.dtype) if sample_weight is None else sample_weight
     weight = torch.where(uncounted, 0.0, weight)[:, None]  # (N, 1)
     true_positive = torch.where(y == 0, torch.zeros_like(p), y * p)
@@ -240,6 +242,29 @@ def _counted_rows(
 def _sigmoid_slope(x: Tensor) -> Tensor:
     """Return p (1 - p), where autograd's own 1 - p has no digits left of a confident positive."""
     return torch.sigmoid(x) * torch.sigmoid(-x)
+
+
+class _Softmax(torch.autograd.Function):
+    """p = softmax(x) of rows (N, C), and its gradient p (g - sum p g), g that of p.
+
+    In a sure row both g and the sum are nearly the g of its highest logit, and autograd's difference has no digits
+    left: that one is taken off all of them first.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        p = torch.softmax(x, dim=1)
+        ctx.save_for_backward(p)
+        return p
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor]:
+        (p,) = ctx.saved_tensors
+        if p.shape[1] == 0:
+            return (g,)
+        relative = g - g.gather(1, p.argmax(dim=1, keepdim=True))
+        return (p * (relative - (p * relative).sum(dim=1, keepdim=True)),)
 
 
 def _log_one_plus_sum(u: Tensor, weight: Tensor) -> Tensor:

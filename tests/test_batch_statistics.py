@@ -1,8 +1,10 @@
 """Column sums, and the losses made of them, against literal float64 formulas; several processes against one."""
 
 import copy
+import itertools
 import math
 import queue
+from functools import partial
 
 import multilabel_oracle
 import oracle
@@ -11,6 +13,7 @@ import torch
 from implementations import IMPLEMENTATIONS, KERNELS
 from test_sigmoid_loss import TARGETS, make_target
 from test_softmax_loss import DTYPES
+from torch.profiler import ProfilerActivity, profile
 
 import imbalance_kernels as ik
 from imbalance_kernels.functional import column_sums, f1_weighted_cross_entropy, smooth_f1_loss
@@ -27,20 +30,41 @@ SHAPES = {
 SUM_TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float16: 2e-6}
 GRADIENT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
+each_p = pytest.mark.parametrize("from_softmax", [False, True], ids=["sigmoid", "softmax"])
+
 
 def make_logits(shape, dtype):
     return (torch.randn(shape) * 3).to(dtype)
 
 
+def of_softmax(rows, gradient, upstreams, weight):
+    """The gradient (N, C) without the cancellation of sure rows, and how large each row's could be (N, 1).
+
+    A row's entries add up to 0, which gives that of its highest logit by the others; and none is larger than what is
+    left to these, times the largest difference of what p's gradient can be.
+    """
+    p = torch.softmax(rows.double(), dim=1)
+    highest = p.argmax(dim=1, keepdim=True)
+    others = gradient.scatter(1, highest, 0.0)
+    left = p.scatter(1, highest, 0.0).sum(dim=1, keepdim=True)
+    size = left * weight[:, None] * 2 * upstreams.abs().sum(dim=0).max()
+    return others.scatter(1, highest, -others.sum(dim=1, keepdim=True)), size
+
+
 def check(x, given, rows, target, impl, as_rows=lambda x: x, oracle_weight=None, **options):
     """Compare sums, and the gradient under random upstream gradients, of x with what `rows` give."""
-    num_classes = rows.shape[1]
+    num_rows, num_classes = rows.shape
     signs = torch.randint(2, (num_classes,)) * 2 - 1  # one for both: their sum is not to cancel
     upstreams = (signs * (torch.rand(2, num_classes) + 0.1)).double()
     exact = rows.detach().double().requires_grad_(True)
-    ignore_index = options.get("ignore_index", -100)
-    *sums, count = multilabel_oracle.column_sums(exact, target, sample_weight=oracle_weight, ignore_index=ignore_index)
+    of_rows = {name: options[name] for name in ("ignore_index", "from_softmax") if name in options}
+    *sums, count = multilabel_oracle.column_sums(exact, target, sample_weight=oracle_weight, **of_rows)
     (gradient,) = torch.autograd.grad(sums[:2], exact, list(upstreams))
+    size = gradient.abs().amax(dim=1, keepdim=True)
+    if options.get("from_softmax"):
+        _, keep = multilabel_oracle.labels_of(target, num_classes, options.get("ignore_index", -100))
+        weight = keep * (torch.ones(num_rows) if oracle_weight is None else oracle_weight)
+        gradient, size = of_softmax(rows.detach(), gradient, upstreams, weight.double())
     x = x.requires_grad_(True)
     found = column_sums(x, given, impl=impl, **options)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -51,28 +75,30 @@ def check(x, given, rows, target, impl, as_rows=lambda x: x, oracle_weight=None,
     assert not found.positives.requires_grad and not found.rows.requires_grad
     (d_x,) = torch.autograd.grad(found[:2], x, [upstream.to(dtype) for upstream in upstreams])
     assert d_x.dtype == x.dtype
-    d_rows = as_rows(d_x)
-    if d_rows.shape[1] == 1:
-        d_rows, gradient = d_rows.T, gradient.T
+    d_rows = as_rows(d_x).double()
+    if num_classes == 1 and not options.get("from_softmax"):
+        size = size.max()
+    error, tolerance = (d_rows - gradient).abs(), GRADIENT_TOLERANCE[x.dtype] * size
     if x.dtype == torch.float16:
-        assert float((d_rows.double() - gradient).abs().max()) <= max(2.0**-24, 5e-4 * float(gradient.abs().max()))
-    else:
-        assert oracle.worst_row_error(d_rows, gradient) <= GRADIENT_TOLERANCE[x.dtype]
+        tolerance = torch.where(size == 0, 0.0, tolerance.clamp_min(2.0**-24))
+    assert bool((error <= tolerance).all()), (error - tolerance).max()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("kind", TARGETS)
-def test_column_sums(kind, impl, dtype, shape):
+@each_p
+def test_column_sums(from_softmax, kind, impl, dtype, shape):
     rows, target = make_logits(shape, dtype), make_target(kind, *shape, dtype)
-    check(rows.clone(), target, rows, target, impl)
+    options = {"from_softmax": from_softmax}
+    check(rows.clone(), target, rows, target, impl, **options)
     weight = torch.rand(shape[0])
     weight[::4] = 0
-    check(rows.clone(), target, rows, target, impl, sample_weight=weight, oracle_weight=weight)
+    check(rows.clone(), target, rows, target, impl, sample_weight=weight, oracle_weight=weight, **options)
     if kind in ("labels", "lists"):  # a class may be what does not count
         target = torch.where(target == -100, 0, target)
-        check(rows.clone(), target, rows, target, impl, ignore_index=0)
+        check(rows.clone(), target, rows, target, impl, ignore_index=0, **options)
 
 
 LAYOUTS = {
@@ -84,11 +110,19 @@ LAYOUTS = {
 }
 
 
+SIZES = {
+    (2, 5, 7, 9): "a piece of an image",
+    (2, 3, 50, 53): "two pieces",
+    (70, 4, 1, 3): "images narrower than a vector",
+}
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("size", [(2, 5, 7, 9), (2, 3, 50, 53), (70, 4, 1, 3)], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_images(impl, dtype, size, layout):
+@each_p
+def test_images(from_softmax, impl, dtype, size, layout):
     """(B, C, H, W) logits are read as they lie, and give what (B * H * W, C) rows give."""
     images = LAYOUTS[layout](make_logits(size, dtype))
     num_images, num_classes, height, width = size
@@ -99,22 +133,40 @@ def test_images(impl, dtype, size, layout):
         target = make_target(kind, *rows.shape, dtype)
         shaped = target.reshape(num_images, height, width, *target.shape[1:])
         given = shaped if kind in ("labels", "lists") else shaped.movedim(-1, 1)
-        options = {"as_rows": lambda x: x.movedim(1, -1).reshape(-1, num_classes)}
+        options = {"as_rows": lambda x: x.movedim(1, -1).reshape(-1, num_classes), "from_softmax": from_softmax}
         if kind == "lists":
             options |= {"sample_weight": weight.reshape(num_images, height, width), "oracle_weight": weight}
         check(images.detach().clone(memory_format=torch.preserve_format), given, rows, target, impl, **options)
 
 
+@pytest.mark.parametrize("size", [(1, 2000, 1, 37), (1, 300, 3, 151)], ids=str)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_strided_rows(impl):
+def test_softmax_of_images_with_many_classes(impl, size):
+    """So many that a piece of an image is more than one run of pixels, the fewest for the first."""
+    images, (_, num_classes, *shape) = make_logits(size, torch.float32), size
+    rows = images.movedim(1, -1).reshape(-1, num_classes)
+    weight = torch.rand(rows.shape[0])
+    for kind in ("labels", "lists", "soft"):
+        target = make_target(kind, *rows.shape, torch.float32)
+        shaped = target.reshape(1, *shape, *target.shape[1:])
+        options = {"as_rows": lambda x: x.movedim(1, -1).reshape(-1, num_classes), "from_softmax": True}
+        options |= {"sample_weight": weight.reshape(1, *shape), "oracle_weight": weight}
+        given = shaped.movedim(-1, 1) if kind == "soft" else shaped
+        check(images.clone(), given, rows, target, impl, **options)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@each_p
+def test_strided_rows(from_softmax, impl):
     wide, target = make_logits((33, 40), torch.float32), make_target("labels", 33, 21, torch.float32)
     for narrow in (wide[:, :21], wide[:, 3:24], wide.t().contiguous().t()[:, :21]):
-        check(narrow.detach(), target, narrow.clone(), target, impl)
+        check(narrow.detach(), target, narrow.clone(), target, impl, from_softmax=from_softmax)
 
 
 @pytest.mark.parametrize("shape", [(257, 3), (33, 91), (3, 5001), (2, 5, 7, 9)], ids=str)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_what_does_not_count_adds_nothing(impl, shape):
+@each_p
+def test_what_does_not_count_adds_nothing(from_softmax, impl, shape):
     """Whatever it holds; and its gradient is 0."""
     rows = shape[:1] if len(shape) == 2 else (shape[0], *shape[2:])
     logits, weight = make_logits(shape, torch.float32), torch.rand(rows)
@@ -122,11 +174,12 @@ def test_what_does_not_count_adds_nothing(impl, shape):
     target = torch.randint(shape[1] + 1, rows)
     target = torch.where(torch.rand(rows) < 0.2, -100, target)
     uncounted = (weight == 0) | (target == -100)
-    want = column_sums(logits, target, sample_weight=weight, impl=impl)
+    options = {"sample_weight": weight, "from_softmax": from_softmax, "impl": impl}
+    want = column_sums(logits, target, **options)
     holes = uncounted.unsqueeze(1) if len(shape) == 4 else uncounted[:, None]
     for hole in (math.nan, math.inf):
         x = logits.masked_fill(holes, hole).requires_grad_(True)
-        sums = column_sums(x, target, sample_weight=weight, impl=impl)
+        sums = column_sums(x, target, **options)
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(sums, want, strict=True))
         (gradient,) = torch.autograd.grad((sums.predicted + sums.true_positives).sum(), x)
         assert gradient.isfinite().all() and (gradient.masked_select(holes) == 0).all()
@@ -146,19 +199,58 @@ def test_extreme_logits_and_masks(impl):
         torch.testing.assert_close(gradient.double(), variance, rtol=1e-6, atol=1.2e-38)
 
 
+@pytest.mark.parametrize("shape", [(33, 9), (3, 5001), (2, 19, 3, 7)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_softmax_of_extreme_logits_and_masks(impl, dtype, shape):
+    """Offsets that all of a row have, sure rows, and masks of -inf: p = 0 and a gradient of 0, without NaN."""
+    logits = torch.randn(shape) * 3
+    logits[0] += 1e4
+    logits[1] -= 1e4
+    logits[-1, 0] += 40
+    logits[:, 1::3] = -math.inf
+    images = logits.to(dtype)
+    as_rows = {2: lambda x: x, 4: lambda x: x.movedim(1, -1).reshape(-1, shape[1])}[len(shape)]
+    rows = as_rows(images)
+    target = make_target("labels", *rows.shape, dtype)
+    given = target.reshape(shape[0], *shape[2:])
+    check(images.clone(), given, rows, target, impl, as_rows=as_rows, from_softmax=True)
+    leaf = images.clone().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(column_sums(leaf, given, from_softmax=True, impl=impl).predicted[0], leaf)
+    assert (gradient[:, 1::3] == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(3, 9), (3, 5001), (3, 9, 1, 2)], ids=str)
+@pytest.mark.parametrize("hole", [-math.inf, math.inf, math.nan])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_rows_without_a_softmax(impl, hole, shape):
+    """Nothing but -inf, or inf, or NaN: as torch's softmax the whole row is NaN, and no other."""
+    logits = make_logits(shape, torch.float32)
+    logits[1, :: 1 if hole == -math.inf else 4] = hole
+    labels = torch.randint(shape[1], (3, *shape[2:]))
+    leaf = logits.clone().requires_grad_(True)
+    sums = column_sums(leaf, labels, from_softmax=True, impl=impl)
+    assert sums.predicted.isnan().all()
+    named = torch.zeros(shape[1], dtype=torch.bool).index_fill(0, labels[1].flatten(), True)
+    assert torch.equal(sums.true_positives.isnan(), named) and sums.positives.isfinite().all()
+    (gradient,) = torch.autograd.grad(sums.true_positives.sum(), leaf)
+    assert gradient[1].isnan().all() and gradient[[0, 2]].isfinite().all()
+
+
 @pytest.mark.parametrize("shape", [(200_003, 3), (20_001, 40), (1, 2, 300, 501)], ids=str)
 @pytest.mark.parametrize("impl", [impl for impl in IMPLEMENTATIONS if impl != "triton"])  # its interpreter is slow
-def test_many_rows(impl, shape):
+@each_p
+def test_many_rows(from_softmax, impl, shape):
     """Sums of float32 that a plain running sum would lose, and the same bits whatever the threads."""
     logits, labels = make_logits(shape, torch.float32), torch.rand(shape) < 0.001
     dims = [0] if len(shape) == 2 else [0, 2, 3]
-    p = torch.sigmoid(logits.double())
+    p = torch.softmax(logits.double(), dim=1) if from_softmax else torch.sigmoid(logits.double())
     threads = torch.get_num_threads()
     found = []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            found.append(column_sums(logits, labels, impl=impl))
+            found.append(column_sums(logits, labels, from_softmax=from_softmax, impl=impl))
     finally:
         torch.set_num_threads(threads)
     torch.testing.assert_close(found[0].predicted.double(), p.sum(dims), rtol=3e-7, atol=0)
@@ -168,8 +260,30 @@ def test_many_rows(impl, shape):
         assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
+@pytest.mark.parametrize("shape", [(1024, 300), (2, 19, 64, 128)], ids=str)
+@pytest.mark.parametrize("impl", [impl for impl in KERNELS if impl != "triton"])  # its interpreter allocates too
+@each_p
+def test_nothing_of_the_logits_size_but_the_gradient(from_softmax, impl, shape):
+    """Half of it is for vectors of N and C, and for what two threads work in."""
+    logits = make_logits(shape, torch.float32).requires_grad_(True)
+    labels = torch.randint(shape[1], (shape[0], *shape[2:]))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            sums = column_sums(logits, labels, from_softmax=from_softmax, impl=impl)
+            (sums.true_positives.sum() + sums.predicted[0]).backward()
+    finally:
+        torch.set_num_threads(threads)
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    held = list(itertools.accumulate(change for _, change in changes))
+    assert logits.nbytes <= max(held) < 1.5 * logits.nbytes
+
+
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_nothing_there(impl):
+@each_p
+def test_nothing_there(from_softmax, impl):
     for shape, target in (
         ((0, 4), torch.zeros(0, dtype=torch.long)),
         ((3, 0), torch.zeros(3, dtype=torch.long)),
@@ -177,44 +291,46 @@ def test_nothing_there(impl):
         ((2, 4, 0), torch.zeros(2, 0, dtype=torch.long)),
     ):
         x = torch.randn(shape, requires_grad=True)
-        sums = column_sums(x, target, impl=impl)
+        sums = column_sums(x, target, from_softmax=from_softmax, impl=impl)
         assert all((vector == 0).all() and vector.shape == (shape[1],) for vector in sums[:3])
         (gradient,) = torch.autograd.grad(sums.predicted.sum() + sums.true_positives.sum(), x)
         assert gradient.shape == x.shape and (gradient == 0).all()
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_labels_out_of_range(impl, monkeypatch):
+@each_p
+def test_labels_out_of_range(from_softmax, impl, monkeypatch):
     """They raise where they can be read; else a class label makes the sums NaN, and one of a list is left out."""
     x = torch.randn(3, 4)
     wrong = (torch.tensor([0, 5, 1]), torch.tensor([0, -1, 1]), torch.tensor([[0, 4, 1]] * 3))
     for target in wrong:
         with pytest.raises(IndexError, match=r"target (5|-1|4) is out of bounds"):
-            column_sums(x, target, impl=impl)
+            column_sums(x, target, from_softmax=from_softmax, impl=impl)
     if impl == "cpu":
         return
     monkeypatch.setattr(labels, "may_read_values", lambda logits: False)  # as on a GPU
     for target in wrong[:2]:
         for leaf, given in ((x.clone(), target), (x.t()[None].contiguous(), target[None])):
-            sums = column_sums(leaf.requires_grad_(True), given, impl=impl)
+            sums = column_sums(leaf.requires_grad_(True), given, from_softmax=from_softmax, impl=impl)
             assert sums.predicted.isnan().all() and sums.true_positives.isnan().all()
             (gradient,) = torch.autograd.grad(sums.predicted.sum(), leaf)
             rows = gradient if leaf.dim() == 2 else gradient[0].t()
             assert rows.isnan().tolist() == [[False] * 4, [True] * 4, [False] * 4]
-    sums = column_sums(x, wrong[2], impl=impl)
-    want = column_sums(x, wrong[2][:, [0, 2]], impl=impl)
+    sums = column_sums(x, wrong[2], from_softmax=from_softmax, impl=impl)
+    want = column_sums(x, wrong[2][:, [0, 2]], from_softmax=from_softmax, impl=impl)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(sums, want, strict=True))
 
 
 @pytest.mark.parametrize("impl", KERNELS)
-def test_the_operations_are_what_they_say(impl):
+@each_p
+def test_the_operations_are_what_they_say(from_softmax, impl):
     """Schemas and fakes, by torch's own checks."""
     namespace = kernels(impl)
     for logits, target in (
         (torch.randn(6, 5), torch.tensor([0, 5, 2, -100, 1, 1])),
         (torch.randn(2, 5, 3), torch.rand(2, 5, 3)),
     ):
-        arguments = (logits, target, torch.rand(6), -100)
+        arguments = (logits, target, torch.rand(6), -100, from_softmax)
         tests = ("test_schema", "test_faketensor")
         torch.library.opcheck(namespace.column_sums.default, arguments, test_utils=tests)
         upstream = (torch.randn(5), torch.randn(5))
@@ -222,10 +338,11 @@ def test_the_operations_are_what_they_say(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_retained_graphs_and_double_backward(impl):
+@each_p
+def test_retained_graphs_and_double_backward(from_softmax, impl):
     leaf = make_logits((33, 9), torch.float32).requires_grad_(True)
-    sums = column_sums(leaf, make_target("lists", 33, 9, torch.float32), impl=impl)
-    total = sums.predicted.sum()
+    sums = column_sums(leaf, make_target("lists", 33, 9, torch.float32), from_softmax=from_softmax, impl=impl)
+    total = sums.true_positives.sum()
     one, three = (torch.autograd.grad(total, leaf, torch.tensor(u), retain_graph=True)[0] for u in (1.0, 3.0))
     torch.testing.assert_close(three, 3 * one, rtol=1e-6, atol=0)
     (gradient,) = torch.autograd.grad(total, leaf, create_graph=True)
@@ -239,7 +356,8 @@ def test_retained_graphs_and_double_backward(impl):
 @pytest.mark.parametrize("smooth", [0.0, 1.0])
 @pytest.mark.parametrize("average", ["per_class", "global"])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_smooth_f1(impl, average, smooth):
+@each_p
+def test_smooth_f1(from_softmax, impl, average, smooth):
     """Absent classes among them, which are left out of the mean without smoothing."""
     logits = make_logits((33, 9), torch.float64)
     weight = torch.rand(33)
@@ -249,28 +367,14 @@ def test_smooth_f1(impl, average, smooth):
             target[target == 4] = 9
         elif kind != "lists":
             target[:, 4] = 0
-        options = {"average": average, "smooth": smooth, "sample_weight": weight}
+        options = {"average": average, "smooth": smooth, "sample_weight": weight, "from_softmax": from_softmax}
         want = oracle.loss_and_gradient(logits, 1.7, multilabel_oracle.smooth_f1, target=target, **options)
         x = logits.clone().requires_grad_(True)
         loss = smooth_f1_loss(x, target, impl=impl, **options)
         (gradient,) = torch.autograd.grad(loss, x, torch.tensor(1.7, dtype=torch.float64))
         torch.testing.assert_close((loss.detach(), gradient), want, rtol=1e-11, atol=1e-14)
-        module = ik.SmoothF1Loss(average, smooth, impl=impl)
+        module = ik.SmoothF1Loss(average, smooth, from_softmax, impl=impl)
         assert torch.equal(module(logits, target, sample_weight=weight), loss.detach())
-
-
-@pytest.mark.parametrize("average", ["per_class", "global"])
-def test_f1_from_a_softmax(average):
-    logits, target = make_logits((33, 9), torch.float64), make_target("labels", 33, 9, torch.float64)
-    want = oracle.loss_and_gradient(
-        logits, 1.0, multilabel_oracle.smooth_f1, target=target, average=average, from_softmax=True
-    )
-    x = logits.clone().requires_grad_(True)
-    loss = ik.DiceLoss(average, from_softmax=True)(x, target)
-    (gradient,) = torch.autograd.grad(loss, x)
-    torch.testing.assert_close((loss.detach(), gradient), want, rtol=1e-11, atol=1e-14)
-    with pytest.raises(ValueError, match="impl='cpu' has no kernel of this operation: use impl='reference' or None"):
-        smooth_f1_loss(logits, target, from_softmax=True, impl="cpu")
 
 
 @pytest.mark.parametrize("average", ["per_class", "global"])
@@ -475,7 +579,15 @@ def test_what_raises_or_is_not_finite_changes_no_running_average():
     assert all(torch.equal(value, held[name]) for name, value in loss.state_dict().items())
 
 
-@pytest.mark.parametrize("make", [ik.SmoothF1Loss, ik.F1WeightedCrossEntropyLoss], ids=lambda make: make.__name__)
+COMPILED = {
+    "SmoothF1Loss": ik.SmoothF1Loss,
+    "SmoothF1Loss from softmax": partial(ik.SmoothF1Loss, from_softmax=True),
+    "SmoothF1Loss from softmax, reference": partial(ik.SmoothF1Loss, from_softmax=True, impl="reference"),
+    "F1WeightedCrossEntropyLoss": ik.F1WeightedCrossEntropyLoss,
+}
+
+
+@pytest.mark.parametrize("make", COMPILED.values(), ids=COMPILED)
 def test_compiles_as_one_graph(make):
     loss, x, y = make(smooth=1.0), torch.randn(20, 3, requires_grad=True), torch.rand(20, 3) < 0.4
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")

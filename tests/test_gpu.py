@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import oracle
@@ -122,11 +123,15 @@ def test_losses_of_labels_are_those_of_the_reference(dtype, impl):
         found = column_sums(logits, target, **keywords)
         return torch.cat([found.predicted, found.true_positives])
 
+    sums_of_softmax = partial(sums, from_softmax=True)
+
     for function, logits, target in (
         (sigmoid_loss, images, labels),
         (multilabel_softmax_loss, rows, lists),
         (sums, rows, lists),
         (sums, images, labels),
+        (sums_of_softmax, rows, lists),
+        (sums_of_softmax, images, labels),
     ):
         exact = logits.double().requires_grad_()
         expected = function(exact, target, ignore_index=-1, impl="reference")

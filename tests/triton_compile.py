@@ -249,7 +249,7 @@ def call_with_labels(driver: _Driver, **case) -> None:
     weight = torch.ones(num_rows, dtype=statistics) if case.get("sample_weight") else None
     bias = torch.ones(num_classes, dtype=statistics) if case.get("prior") else None
     ignore_index = case.get("ignore_index", -100)
-    sums = (logits, target, weight, ignore_index)
+    sums = (logits, target, weight, ignore_index, case.get("from_softmax", False))
     upstream = torch.ones(num_classes, dtype=statistics)
     losses = (logits, target, bias, weight, torch.ones((), dtype=statistics), ignore_index, "sum")
     {
@@ -268,7 +268,9 @@ LABELS = [
         ("loss", {}),
         ("gradient", {}),
         ("sums", {"sample_weight": True}),
+        ("sums", {"from_softmax": True}),
         ("sums backward", {}),
+        ("sums backward", {"from_softmax": True, "sample_weight": True}),
     )
     for dtype, labels, num_classes in (
         ("bfloat16", "labels", 91),
@@ -280,8 +282,9 @@ LABELS = [
         ("float64", "bool", 1000),
     )
 ] + [
-    {"operation": operation, "dtype": dtype, "labels": labels, "classes": 19, "pixels": 4096}
+    {"operation": operation, "dtype": dtype, "labels": labels, "classes": 19, "pixels": 4096, **options}
     for operation in ("sums", "sums backward")
+    for options in ({}, {"from_softmax": True})
     for dtype, labels in (("bfloat16", "labels"), ("float32", "bool"), ("float16", "lists"), ("float64", "float"))
 ]
 
@@ -472,8 +475,8 @@ SAME = [
 ]
 
 SAME_LABELS = [
-    {"operation": operation, "dtype": "bfloat16", "labels": "lists", "classes": 1024, **change}
-    for operation in ("loss and gradient", "sums")
+    {"operation": operation, "dtype": "bfloat16", "labels": "lists", "classes": 1024, **options, **change}
+    for operation, options in (("loss and gradient", {}), ("sums", {}), ("sums backward", {"from_softmax": True}))
     for change in (
         {"rows": 8},
         {"rows": 1},

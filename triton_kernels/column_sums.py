@@ -1,8 +1,14 @@
-"""column_sums in Triton: sums over rows of p = sigmoid(x), of y p and of y, class by class, and their gradient.
+"""column_sums in Triton: sums over rows of p, of y p and of y, class by class, and their gradient.
 
-The operations of csrc/bindings.cpp with their names and arguments. A program takes one block of classes over a stretch
-of rows, a tile at a time, and writes a part of the sums; the parts are added up in float64, in their order, without
-atomics. Rows (N, C) and images (B, C, P) differ in their steps alone: a tile's rows are rows, or pixels of one image.
+p = sigmoid(x), or the softmax of a row. The operations of csrc/bindings.cpp with their names and arguments. A program
+takes one block of classes over a stretch of rows, a tile at a time, and writes a part of the sums; the parts are added
+up in float64, in their order, without atomics. Rows (N, C) and images (B, C, P) differ in their steps alone: a tile's
+rows are rows, or pixels of one image.
+
+Before the sums of a softmax a program of its own finds each row's highest logit and the sum of its exponentials, in one
+sweep over the row's classes. Its gradient is p (g - sum p g), where g is that of p: the same sweep finds that sum too,
+and a second one, backwards, so that it begins with what the cache still holds, writes the gradient. In a sure row both
+g and the sum are nearly the g of the highest logit: that is taken off all of them first.
 """
 
 from __future__ import annotations
@@ -17,9 +23,9 @@ from torch import Tensor
 
 from imbalance_kernels.options import LOGIT_DTYPES, accumulate_dtype
 from imbalance_kernels.triton_kernels.labels import Labels, counted_rows, labels_of, load_labels
-from imbalance_kernels.triton_kernels.launch import device_of, on, vector_of
+from imbalance_kernels.triton_kernels.launch import device_of, num_rows_of, on, vector_of
 from imbalance_kernels.triton_kernels.math import exp_quick
-from imbalance_kernels.triton_kernels.rows import widened
+from imbalance_kernels.triton_kernels.rows import shift_of, widened
 
 __all__ = ["column_sums", "column_sums_backward"]
 
@@ -31,6 +37,7 @@ PROGRAMS = 8  # of a processor
 UNITS = 16
 VECTOR_BYTES = 16
 SIZES = ["pixels", "classes", "image_stride", "stride", "ignore_index", "list_length", "tiles", "tiles_of_part"]
+SIZES_OF_TILE = SIZES[:-2]
 
 
 class Logits(NamedTuple):
@@ -39,18 +46,29 @@ class Logits(NamedTuple):
     logits: Any  # (N, C) or (B, C, P)
     labels: Labels
     sample_weight: Any  # (N,) or None
+    softmax: Any  # (N, 2): each row's highest logit, and 1 / the sum of its exponentials; None: p is a sigmoid
+
+
+class Rows(NamedTuple):
+    """The rows of a tile; (ROWS, 1)."""
+
+    image: Any  # a number
+    at: Any  # in the image
+    index: Any  # of all
+    exist: Any
+    is_read: Any
+    label: Any
+    weight: Any  # 0 of rows that do not count
+    poison: Any  # NaN of rows whose label is wrong, else 0
 
 
 class Block(NamedTuple):
     """A tile of logits (ROWS, BLOCK)."""
 
-    p: Any
-    n: Any  # 1 - p
+    x: Any  # 0 of rows that do not count
     y: Any
-    weight: Any  # (ROWS, 1); 0 of rows that do not count
-    poison: Any  # (ROWS, 1); NaN of rows whose label is wrong, else 0
     contiguous: Any  # places in contiguous memory
-    exists: Any
+    inside: Any  # below C; (1, BLOCK)
 
 
 class Steps(NamedTuple):
@@ -74,52 +92,68 @@ def _steps(pixels, classes, image_stride, stride, IS_IMAGE: tl.constexpr, UNIT: 
 
 
 @triton.jit
+def _rows_of(tensors, tile, steps, ignore_index, ROWS: tl.constexpr):
+    """Return the Rows of a tile."""
+    dtype: tl.constexpr = tl.float64 if tensors.logits.dtype.element_ty == tl.float64 else tl.float32
+    tiles_of_image = tl.cdiv(steps.pixels, ROWS)
+    image = (tile // tiles_of_image).to(tl.int64)
+    at = (tile % tiles_of_image).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    exist = at < steps.pixels
+    index = image * steps.pixels + at
+    counted = counted_rows(index, exist, steps.classes, ignore_index, tensors.labels, tensors.sample_weight, dtype)
+    weight = tl.where(counted.is_read, counted.weight, 0.0)[:, None]
+    poison = tl.where(counted.outside, float("nan"), 0.0).to(dtype)[:, None]
+    is_read = counted.is_read[:, None]
+    return Rows(image, at[:, None], index[:, None], exist[:, None], is_read, counted.label[:, None], weight, poison)
+
+
+@triton.jit
 def _load(
     tensors,
-    tile,
+    rows,
     column_block,
     steps,
     ignore_index,
     list_length,
     IS_IMAGE: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    EVICTION: tl.constexpr,
 ):
     """Return the Block of a tile."""
-    dtype: tl.constexpr = tl.float64 if tensors.logits.dtype.element_ty == tl.float64 else tl.float32
-    tiles_of_image = tl.cdiv(steps.pixels, ROWS)
-    image = (tile // tiles_of_image).to(tl.int64)
-    at = (tile % tiles_of_image).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    exists = at < steps.pixels
-    index = image * steps.pixels + at
-    counted = counted_rows(index, exists, steps.classes, ignore_index, tensors.labels, tensors.sample_weight, dtype)
     columns = column_block * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = columns < steps.classes
-    index = index[:, None]
-    at = at[:, None]
-    is_read = counted.is_read[:, None]
     if IS_IMAGE:
         wide = columns.to(tl.int64)
-        place = image * steps.image_stride + wide * steps.stride + at
-        contiguous = image * steps.classes * steps.pixels + wide * steps.pixels + at
+        place = rows.image * steps.image_stride + wide * steps.stride + rows.at
+        contiguous = rows.image * steps.classes * steps.pixels + wide * steps.pixels + rows.at
     else:
-        place = at * steps.stride + columns
-        contiguous = at * steps.classes + columns
-    exists = exists[:, None] & inside  # not what is read: of pixels that would keep loads from being vectors
-    x = tl.load(tensors.logits + place, mask=exists, other=0.0, eviction_policy="evict_first")
-    x = tl.where(is_read, widened(x), 0.0)
-    label = counted.label[:, None]
-    y = load_labels(tensors.labels, index, columns, contiguous, label, is_read, inside, ignore_index, list_length).to(
-        dtype
-    )
+        place = rows.at * steps.stride + columns
+        contiguous = rows.at * steps.classes + columns
+    exists = rows.exist & inside  # not what is read: of pixels that would keep loads from being vectors
+    x = tl.load(tensors.logits + place, mask=exists, other=0.0, eviction_policy=EVICTION)
+    x = tl.where(rows.is_read, widened(x), 0.0)
+    y = load_labels(
+        tensors.labels, rows.index, columns, contiguous, rows.label, rows.is_read, inside, ignore_index, list_length
+    ).to(x.dtype)
+    return Block(x, y, contiguous, inside)
+
+
+@triton.jit
+def _sigmoid(x):
+    """Return p and 1 - p."""
     small = exp_quick(-tl.abs(x))
     larger = 1.0 / (1.0 + small)
     smaller = small * larger
-    weight = tl.where(counted.is_read, counted.weight, 0.0)[:, None]
-    poison = tl.where(counted.outside, float("nan"), 0.0).to(dtype)[:, None]
-    p = tl.where(x > 0, larger, smaller)
-    n = tl.where(x > 0, smaller, larger)
-    return Block(p, n, y, weight, poison, contiguous, exists)
+    return tl.where(x > 0, larger, smaller), tl.where(x > 0, smaller, larger)
+
+
+@triton.jit
+def _of_p(block, d_predicted, d_true_positives, column_block, BLOCK: tl.constexpr):
+    """Return the gradient of p."""
+    columns = column_block * BLOCK + tl.arange(0, BLOCK)[None, :]
+    of_predicted = tl.load(d_predicted + columns, mask=block.inside, other=0.0)
+    of_true_positives = tl.load(d_true_positives + columns, mask=block.inside, other=0.0)
+    return of_predicted + tl.where(block.y == 0, 0.0, block.y * of_true_positives)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -147,10 +181,17 @@ def _sums(
     part = tl.program_id(0).to(tl.int64)
     column_block = tl.program_id(1)
     for tile in range(part * tiles_of_part, tl.minimum((part + 1) * tiles_of_part, tiles)):
-        block = _load(tensors, tile, column_block, steps, ignore_index, list_length, IS_IMAGE, ROWS, BLOCK)
-        predicted += block.weight * block.p + block.poison
-        true_positives += tl.where(block.y == 0, 0.0, block.weight * (block.y * block.p)) + block.poison
-        positives += block.weight * block.y
+        rows = _rows_of(tensors, tile, steps, ignore_index, ROWS)
+        block = _load(tensors, rows, column_block, steps, ignore_index, list_length, IS_IMAGE, BLOCK, "evict_first")
+        if tensors.softmax is not None:
+            shift = tl.load(tensors.softmax + 2 * rows.index, mask=rows.is_read, other=0.0)
+            factor = tl.load(tensors.softmax + 2 * rows.index + 1, mask=rows.is_read, other=0.0)
+            p = exp_quick(block.x - shift) * factor
+        else:
+            p, _ = _sigmoid(block.x)
+        predicted += rows.weight * p + rows.poison
+        true_positives += tl.where(block.y == 0, 0.0, rows.weight * (block.y * p)) + rows.poison
+        positives += rows.weight * block.y
     columns = column_block * BLOCK + tl.arange(0, BLOCK)
     inside = columns < steps.classes
     to = parts + part * 3 * steps.classes + columns
@@ -159,7 +200,7 @@ def _sums(
     tl.store(to + 2 * steps.classes, tl.sum(positives, 0), mask=inside)
 
 
-@triton.jit(do_not_specialize=SIZES[:-2])
+@triton.jit(do_not_specialize=SIZES_OF_TILE)
 def _gradient(
     tensors,
     d_predicted,  # (C,)
@@ -178,14 +219,68 @@ def _gradient(
 ):
     steps = _steps(pixels, classes, image_stride, stride, IS_IMAGE, UNIT)
     column_block = tl.program_id(1)
-    tile = tl.program_id(0)
-    block = _load(tensors, tile, column_block, steps, ignore_index, list_length, IS_IMAGE, ROWS, BLOCK)
-    columns = column_block * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < steps.classes
-    of_predicted = tl.load(d_predicted + columns, mask=inside, other=0.0)[None, :]
-    of_true_positives = tl.load(d_true_positives + columns, mask=inside, other=0.0)[None, :]
-    d = block.weight * (block.p * block.n) * (of_predicted + block.y * of_true_positives) + block.poison
-    tl.store(d_logits + block.contiguous, d.to(d_logits.dtype.element_ty), mask=block.exists)
+    rows = _rows_of(tensors, tl.program_id(0), steps, ignore_index, ROWS)
+    block = _load(tensors, rows, column_block, steps, ignore_index, list_length, IS_IMAGE, BLOCK, "evict_first")
+    p, n = _sigmoid(block.x)
+    d = rows.weight * (p * n) * _of_p(block, d_predicted, d_true_positives, column_block, BLOCK) + rows.poison
+    tl.store(d_logits + block.contiguous, d.to(d_logits.dtype.element_ty), mask=rows.exist & block.inside)
+
+
+@triton.jit(do_not_specialize=SIZES_OF_TILE)
+def _softmax(
+    tensors,
+    softmax,  # (N, 2), see Logits; None for the gradient
+    d_predicted,  # (C,), as the next two None for what becomes `softmax`
+    d_true_positives,  # (C,)
+    d_logits,  # the logits' shape, contiguous
+    pixels,
+    classes,
+    image_stride,
+    stride,
+    ignore_index,
+    list_length,
+    IS_IMAGE: tl.constexpr,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    dtype: tl.constexpr = tl.float64 if tensors.logits.dtype.element_ty == tl.float64 else tl.float32
+    steps = _steps(pixels, classes, image_stride, stride, IS_IMAGE, UNIT)
+    rows = _rows_of(tensors, tl.program_id(0), steps, ignore_index, ROWS)
+    zero = tl.zeros((ROWS, 1), dtype)
+    highest = zero - float("inf")
+    total = zero
+    of_highest = zero  # the g of the highest logit
+    dot = zero  # sum of exponentials times g, relative to that
+    blocks = tl.cdiv(steps.classes, BLOCK)
+    for column_block in range(0, blocks):
+        block = _load(tensors, rows, column_block, steps, ignore_index, list_length, IS_IMAGE, BLOCK, "evict_last")
+        x = tl.where(block.inside, block.x, -float("inf"))
+        before = highest
+        highest = tl.maximum(before, tl.max(x, 1)[:, None])
+        exponentials = exp_quick(x - shift_of(highest))
+        scale = exp_quick(before - shift_of(highest))
+        if d_logits is not None:
+            of_p = _of_p(block, d_predicted, d_true_positives, column_block, BLOCK)
+            of_block = tl.max(tl.where(x == highest, of_p, -float("inf")), 1)[:, None]
+            of_before = of_highest
+            of_highest = tl.where(highest > before, of_block, of_before)
+            dot = (dot + (of_before - of_highest) * total) * scale
+            dot += tl.sum(exponentials * (of_p - of_highest), 1)[:, None]
+        total = total * scale + tl.sum(exponentials, 1)[:, None]
+    shift = shift_of(highest)
+    factor = 1.0 / total  # of nothing but masks inf, and p NaN
+    if d_logits is None:
+        tl.store(softmax + 2 * rows.index, shift, mask=rows.exist)
+        tl.store(softmax + 2 * rows.index + 1, factor, mask=rows.exist)
+    else:
+        for swept in range(0, blocks):
+            column_block = blocks - 1 - swept
+            block = _load(tensors, rows, column_block, steps, ignore_index, list_length, IS_IMAGE, BLOCK, "evict_first")
+            relative = _of_p(block, d_predicted, d_true_positives, column_block, BLOCK) - of_highest
+            p = exp_quick(block.x - shift) * factor
+            d = rows.weight * p * (relative - dot * factor) + rows.poison
+            tl.store(d_logits + block.contiguous, d.to(d_logits.dtype.element_ty), mask=rows.exist & block.inside)
 
 
 # ---------------------------------------------------------------- operations
@@ -200,7 +295,9 @@ class Shape(NamedTuple):
     column_blocks: int
 
 
-def column_sums(logits: Tensor, target: Tensor, sample_weight: Tensor | None, ignore_index: int) -> tuple[Tensor, ...]:
+def column_sums(
+    logits: Tensor, target: Tensor, sample_weight: Tensor | None, ignore_index: int, from_softmax: bool
+) -> tuple[Tensor, ...]:
     """Return the sums of p, of y p and of y, each (C,)."""
     tensors, list_length = _tensors(logits, target, sample_weight)
     dtype = accumulate_dtype(logits.dtype)
@@ -213,6 +310,10 @@ def column_sums(logits: Tensor, target: Tensor, sample_weight: Tensor | None, ig
     parts = logits.new_empty((triton.cdiv(shape.tiles, tiles_of_part), 3, num_classes), dtype=dtype)
     grid = (parts.shape[0], shape.column_blocks)
     with on(logits):
+        if from_softmax:
+            softmax = logits.new_empty((num_rows_of(logits), 2), dtype=dtype)
+            _launch_softmax(tensors, softmax, None, None, None, ignore_index, list_length)
+            tensors = tensors._replace(softmax=softmax)
         _sums[grid](
             tensors, parts, *shape.sizes, ignore_index, list_length, shape.tiles, tiles_of_part, **shape.options
         )
@@ -225,6 +326,7 @@ def column_sums_backward(
     target: Tensor,
     sample_weight: Tensor | None,
     ignore_index: int,
+    from_softmax: bool,
     d_predicted: Tensor,  # (C,)
     d_true_positives: Tensor,  # (C,)
 ) -> Tensor:
@@ -234,15 +336,42 @@ def column_sums_backward(
     if logits.numel() == 0:
         return d_logits
     num_classes = logits.shape[1]
-    of_predicted = vector_of("d_predicted", d_predicted, num_classes, logits)
-    of_true_positives = vector_of("d_true_positives", d_true_positives, num_classes, logits)
-    shape = _shape_of(logits)
-    grid = (shape.tiles, shape.column_blocks)
+    upstream = (
+        vector_of("d_predicted", d_predicted, num_classes, logits),
+        vector_of("d_true_positives", d_true_positives, num_classes, logits),
+    )
     with on(logits):
-        _gradient[grid](
-            tensors, of_predicted, of_true_positives, d_logits, *shape.sizes, ignore_index, list_length, **shape.options
-        )
+        if from_softmax:
+            _launch_softmax(tensors, None, *upstream, d_logits, ignore_index, list_length)
+        else:
+            shape = _shape_of(logits)
+            grid = (shape.tiles, shape.column_blocks)
+            _gradient[grid](tensors, *upstream, d_logits, *shape.sizes, ignore_index, list_length, **shape.options)
     return d_logits
+
+
+def _launch_softmax(
+    tensors: Logits,
+    softmax: Tensor | None,  # (N, 2), to be written; or the next three
+    d_predicted: Tensor | None,  # (C,)
+    d_true_positives: Tensor | None,  # (C,)
+    d_logits: Tensor | None,  # the logits' shape, to be written
+    ignore_index: int,
+    list_length: int,
+) -> None:
+    """Launch the program that sweeps whole rows: a tile is as wide as a row, up to TILE."""
+    shape = _shape_of(tensors.logits, widest=TILE)
+    _softmax[(shape.tiles,)](
+        tensors,
+        softmax,
+        d_predicted,
+        d_true_positives,
+        d_logits,
+        *shape.sizes,
+        ignore_index,
+        list_length,
+        **shape.options,
+    )
 
 
 def _tensors(logits: Tensor, target: Tensor, sample_weight: Tensor | None) -> tuple[Logits, int]:
@@ -256,13 +385,14 @@ def _tensors(logits: Tensor, target: Tensor, sample_weight: Tensor | None) -> tu
         raise ValueError("logits must be (N, C) rows or (B, C, P) images with a last dimension of stride 1")
     if logits.dtype not in LOGIT_DTYPES:
         raise TypeError(f"input has dtype {logits.dtype}, which the kernels do not take")
-    num_rows = logits.shape[0] * math.prod(logits.shape[2:])
+    num_rows = num_rows_of(logits)
     labels = labels_of(logits, target, num_rows)
     list_length = 0 if labels.lists is None else labels.lists.shape[1]
-    return Logits(logits, labels, vector_of("sample_weight", sample_weight, num_rows, logits)), list_length
+    weight = vector_of("sample_weight", sample_weight, num_rows, logits)
+    return Logits(logits, labels, weight, softmax=None), list_length
 
 
-def _shape_of(logits: Tensor) -> Shape:
+def _shape_of(logits: Tensor, widest: int = WIDEST) -> Shape:
     """Return how logits are cut; integers in units that divide all widths, so that loads can be as wide."""
     is_image = logits.dim() == 3
     num_classes = logits.shape[1]
@@ -274,7 +404,7 @@ def _shape_of(logits: Tensor) -> Shape:
     else:
         images, pixels = 1, logits.shape[0]
         widths = [num_classes, logits.stride(0)]
-        block = min(WIDEST, max(2, triton.next_power_of_2(num_classes)))
+        block = min(widest, max(2, triton.next_power_of_2(num_classes)))
         rows = TILE // block
     unit = math.gcd(*widths, UNITS)
     if unit * logits.element_size() % VECTOR_BYTES != 0:

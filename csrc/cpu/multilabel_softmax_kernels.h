@@ -89,15 +89,6 @@ class MultilabelRows {
 
   static int64_t longest_list(const MultilabelArguments& call) { return call.lists ? call.list_length : 1; }
 
-  struct Four {
-    L of[4];
-    explicit IMBALANCE_INLINE Four(T x) : of{L(x), L(x), L(x), L(x)} {}
-    IMBALANCE_INLINE T highest() const { return maximum_of(maximum(maximum(of[0], of[1]), maximum(of[2], of[3]))); }
-    IMBALANCE_INLINE T sum() const { return sum_of((of[0] + of[1]) + (of[2] + of[3])); }
-  };
-
-  static IMBALANCE_INLINE int64_t whole_packs(int64_t n) { return (n + L::count - 1) / L::count * L::count; }
-
   // z of a pack; -inf where the raw logit is, and beyond the row.
   template <class Whole>
   IMBALANCE_INLINE L effective(Whole whole, const S* x, int64_t i, int64_t m) const {
@@ -108,8 +99,8 @@ class MultilabelRows {
 
   // exp(u - shift) in place of n exponents u, padded with -inf; returns their sum.
   IMBALANCE_INLINE T exponentiate(T* u, int64_t n, T shift) const {
-    Four sum(0);
-    for_packs<L>(whole_packs(n), [&](auto, int64_t i, int64_t, int a) IMBALANCE_LAMBDA {
+    Four<L> sum(0);
+    for_packs<L>(whole_packs<L>(n), [&](auto, int64_t i, int64_t, int a) IMBALANCE_LAMBDA {
       const L exponential = M::exp_nonpositive(L::load(u + i) - L(shift));
       exponential.store(u + i);
       sum.of[a] = sum.of[a] + exponential;
@@ -118,9 +109,9 @@ class MultilabelRows {
   }
 
   static IMBALANCE_INLINE T highest_of(const T* u, int64_t n) {
-    Four highest(-kInfinity);
-    for_packs<L>(whole_packs(n), [&](auto, int64_t i, int64_t, int a)
-                                     IMBALANCE_LAMBDA { highest.of[a] = maximum(highest.of[a], L::load(u + i)); });
+    Four<L> highest(-kInfinity);
+    for_packs<L>(whole_packs<L>(n), [&](auto, int64_t i, int64_t, int a)
+                                        IMBALANCE_LAMBDA { highest.of[a] = maximum(highest.of[a], L::load(u + i)); });
     return highest.highest();
   }
 
@@ -128,7 +119,7 @@ class MultilabelRows {
 
   // Labels that are listed: the row is of negatives, but for those.
   IMBALANCE_INLINE T sparse(int64_t row, const S* x, int64_t n, T scale, S* d_row) {
-    Four highest(-kInfinity);
+    Four<L> highest(-kInfinity);
     for_packs<L>(n, [&](auto whole, int64_t i, int64_t m, int a) IMBALANCE_LAMBDA {
       const L z = effective(whole, x, i, m);
       highest.of[a] = maximum(highest.of[a], z);
@@ -149,7 +140,7 @@ class MultilabelRows {
     if (of_row > kNoShift && -lowest >= of_row) of_row = highest_of(row_, n);
     const T shift = shift_of(of_row), shift_of_listed = shift_of(of_listed);
     const Side<T> negative(shift, exponentiate(row_, n, shift));
-    for (int64_t k = count; k < whole_packs(count); ++k) listed_[k] = -kInfinity;
+    for (int64_t k = count; k < whole_packs<L>(count); ++k) listed_[k] = -kInfinity;
     const Side<T> positive(shift_of_listed, exponentiate(listed_, count, shift_of_listed));
     if (d_row) {
       const L factor(scale / negative.total);
@@ -164,7 +155,7 @@ class MultilabelRows {
   // Dense labels of 0 and 1, which may lie in second_.
   IMBALANCE_INLINE T hard(const T* y, const S* x, int64_t n, T scale, S* d_row) {
     const L one(T(1)), zero(T(0));
-    Four of_negatives(-kInfinity), of_positives(-kInfinity);
+    Four<L> of_negatives(-kInfinity), of_positives(-kInfinity);
     for_packs<L>(n, [&](auto whole, int64_t i, int64_t m, int a) IMBALANCE_LAMBDA {
       const L z = effective(whole, x, i, m);
       const auto is_positive = M::equal(load_pack<L>(whole, y + i, m, T(0)), one);
@@ -174,7 +165,7 @@ class MultilabelRows {
       z.store(row_ + i);
     });
     const T shift = shift_of(of_negatives.highest()), shift_of_positives = shift_of(of_positives.highest());
-    Four negatives(0), positives(0);
+    Four<L> negatives(0), positives(0);
     for_packs<L>(n, [&](auto whole, int64_t i, int64_t m, int a) IMBALANCE_LAMBDA {
       const L z = L::load(row_ + i);
       const auto is_positive = M::equal(load_pack<L>(whole, y + i, m, T(0)), one);
@@ -198,7 +189,7 @@ class MultilabelRows {
   // Dense labels from 0 to 1, which may lie in second_: weights of both sides' exponentials.
   IMBALANCE_INLINE T soft(const T* y, const S* x, int64_t n, T scale, S* d_row) {
     const L one(T(1)), zero(T(0));
-    Four of_negatives(-kInfinity), of_positives(-kInfinity);
+    Four<L> of_negatives(-kInfinity), of_positives(-kInfinity);
     const auto exponents = [&](auto whole, int64_t i, int64_t m, L* of_negative, L* of_positive) IMBALANCE_LAMBDA {
       const L label = load_pack<L>(whole, y + i, m, T(0)), z = effective(whole, x, i, m);
       const auto masked = M::equal(z, -M::infinity());
@@ -213,7 +204,7 @@ class MultilabelRows {
       of_positives.of[a] = maximum(of_positives.of[a], of_positive);
     });
     const T shift = shift_of(of_negatives.highest()), shift_of_positives = shift_of(of_positives.highest());
-    Four negatives(0), positives(0);
+    Four<L> negatives(0), positives(0);
     for_packs<L>(n, [&](auto whole, int64_t i, int64_t m, int a) IMBALANCE_LAMBDA {
       L of_negative, of_positive;
       const L label = exponents(whole, i, m, &of_negative, &of_positive);

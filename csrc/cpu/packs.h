@@ -55,6 +55,22 @@ IMBALANCE_INLINE void for_packs(int64_t n, Body body) {
   if (i < n) body(std::false_type{}, i, n - i, 1);
 }
 
+// So many numbers as whole packs have.
+template <class L>
+constexpr int64_t whole_packs(int64_t n) {
+  return (n + L::count - 1) / L::count * L::count;
+}
+
+// The accumulators of for_packs.
+template <class L>
+struct Four {
+  using T = typename L::Scalar;
+  L of[4];
+  explicit IMBALANCE_INLINE Four(T x) : of{L(x), L(x), L(x), L(x)} {}
+  IMBALANCE_INLINE T highest() const { return maximum_of(maximum(maximum(of[0], of[1]), maximum(of[2], of[3]))); }
+  IMBALANCE_INLINE T sum() const { return sum_of((of[0] + of[1]) + (of[2] + of[3])); }
+};
+
 template <class L, bool Whole, class S>
 IMBALANCE_INLINE L load_pack(std::integral_constant<bool, Whole>, const S* p, int64_t n, typename L::Scalar fill) {
   if constexpr (Whole) {

@@ -1,10 +1,17 @@
-// column_sums on CUDA: sums over rows of p = sigmoid(x), of y p and of y, class by class, and their gradient.
+// column_sums on CUDA: sums over rows of p, of y p and of y, class by class, and their gradient. p = sigmoid(x), or the
+// softmax of a row.
 //
 // - columns_of_rows: a block takes a stretch of rows and one block of their classes: each thread keeps the sums of the
 //   classes of its pack, over every so-manieth row, and the block joins them in shared memory.
 // - columns_of_images: a block takes one class and a stretch of the images' pixels.
 // - add_parts: a warp adds up the parts of one sum.
 // - gradient_of_rows, gradient_of_images: pack by pack.
+// - softmax_of_rows, softmax_of_images: some lanes of a warp, or a block, sweep a row; a thread sweeps the classes of
+//   its pack of pixels. They find what a softmax takes of each row, for the kernels of the sums; or else sweep it once
+//   more, backwards, so that this begins with what the cache still holds, and write the gradient.
+//
+// The gradient of a softmax is p (g - sum p g), where g is that of p. In a sure row both g and the sum are nearly the g
+// of the highest logit, so that is taken off all of them first, and what is left is small and exact.
 //
 // Sums are in float within a thread and in double from there on; the order of all of them depends on shapes, strides
 // and the device alone. No atomics. Nothing of the logits' size but the gradient is allocated.
@@ -24,7 +31,17 @@ constexpr int kColumnThreads = 256;
 constexpr int kMostColumnLanes = 32;   // threads that share a row
 constexpr int kRowsOfThread = 16;      // at least
 constexpr int kBlocksOfProcessor = 8;  // at most, before stretches get longer
+constexpr int kSoftmaxPacks = 8;       // of a lane; where 32 lanes need more a block takes the row
+constexpr int kSoftmaxPixels = 4;      // of a thread, at most: each takes nine registers
 constexpr std::int64_t kMostColumns = std::int64_t{1} << 30;
+
+// What the softmax of a row takes: p = exp(x - shift) * factor.
+template <class T>
+struct RowSoftmax {
+  T shift, factor;
+
+  __device__ __forceinline__ T of(T x) const { return exponential(x - shift) * factor; }
+};
 
 // Logits as rows, or as images whose pixels lie side by side.
 template <class S>
@@ -37,6 +54,7 @@ struct Columned {
   std::int64_t image_stride;  // of rows too
   std::int64_t class_stride;
   LabelsOf<S> labels;
+  RowSoftmax<T>* softmax;     // (N,); null: p is a sigmoid
   const T* d_predicted;       // (C,)
   const T* d_true_positives;  // (C,)
   S* d_logits;                // contiguous
@@ -63,8 +81,7 @@ struct ThreeSums {
 #pragma unroll
     for (int k = 0; k < width; ++k) predicted[k] = true_positives[k] = positives[k] = T(0);
   }
-  __device__ __forceinline__ void add(int k, T x, T y, T weight) {
-    const T p = Odds<T>(x).p;
+  __device__ __forceinline__ void add(int k, T p, T y, T weight) {
     predicted[k] += weight * p;
     if (y == T(0)) return;
     true_positives[k] += weight * (y * p);
@@ -74,6 +91,11 @@ struct ThreeSums {
     predicted[k] = true_positives[k] = std::numeric_limits<T>::quiet_NaN();
   }
 };
+
+template <class S>
+__device__ __forceinline__ Accumulate<S> probability(const Columned<S>& logits, std::int64_t row, Accumulate<S> x) {
+  return logits.softmax ? logits.softmax[row].of(x) : Odds<Accumulate<S>>(x).p;
+}
 
 template <class S, bool dense, bool aligned>
 __global__ void __launch_bounds__(kColumnThreads)
@@ -100,7 +122,7 @@ __global__ void __launch_bounds__(kColumnThreads)
     load_pack(logits.logits + row * logits.image_stride, columns, 0).to_values(x);
     load_labels<dense>(logits.labels, row, counted.label, columns, 0, y);
 #pragma unroll
-    for (int k = 0; k < width; ++k) sums.add(k, x[k], y[k], counted.weight);
+    for (int k = 0; k < width; ++k) sums.add(k, probability(logits, row, x[k]), y[k], counted.weight);
   }
   // One kind of sum after the other; a number's place is its column's, so that neighbours read neighbours.
   const auto join = [&](const T(&of_thread)[width], int kind) {
@@ -191,9 +213,10 @@ __global__ void __launch_bounds__(kColumnThreads)
     for (int k = 0; k < width; ++k) {
       const int pixel = pixels.template of<width>(0, k);
       if (pixel >= pixels.end) continue;
-      const Counted<T> counted = counted_row(logits.labels, image * logits.pixels + pixel);
+      const std::int64_t row = image * logits.pixels + pixel;
+      const Counted<T> counted = counted_row(logits.labels, row);
       if (counted.outside) sums.poison(0);
-      if (counted.is_read) sums.add(0, x[k], y[k], counted.weight);
+      if (counted.is_read) sums.add(0, probability(logits, row, x[k]), y[k], counted.weight);
     }
   }
   const auto join = [&](T of_thread, int kind) {
@@ -279,6 +302,214 @@ __global__ void __launch_bounds__(kColumnThreads)
   }
 }
 
+// ---------------------------------------------------------------- softmax
+
+// What is known of some of a row's exponentials, and of the g beside them.
+template <class T>
+struct SoftmaxSums {
+  T highest;     // logit
+  T of_highest;  // its g
+  T total;       // sum exp(x - highest)
+  T dot;         // sum exp(x - highest) (g - of_highest)
+
+  static __device__ __forceinline__ SoftmaxSums nothing() { return {-infinity<T>(), T(0), T(0), T(0)}; }
+
+  __device__ __forceinline__ void add(T x, T g) {
+    const bool is_higher = x > highest;
+    const T e = exponential(is_higher ? highest - x : x - highest);
+    const T scale = is_higher ? e : T(1), more = is_higher ? T(1) : x == -infinity<T>() ? T(0) : e;
+    const T of = is_higher ? g : of_highest;
+    dot = (dot + (of_highest - of) * total) * scale + more * (g - of);
+    total = total * scale + more;
+    highest = is_higher ? x : highest;
+    of_highest = of;
+  }
+
+  // Those of all of `lanes` neighbours.
+  __device__ __forceinline__ SoftmaxSums joined(int lanes) const {
+    const T top = max_over_lanes(highest, lanes);
+    const T of = max_over_lanes(highest == top ? of_highest : -infinity<T>(), lanes);
+    const T scale = highest == -infinity<T>() ? T(0) : exponential(highest - top);
+    const T raised_dot = (dot + (of_highest - of) * total) * scale;
+    return {top, of, sum_over_lanes(total * scale, lanes), sum_over_lanes(raised_dot, lanes)};
+  }
+
+  // NaN of a row that has inf, or nothing but -inf.
+  __device__ __forceinline__ RowSoftmax<T> softmax() const { return {highest, T(1) / (total + (highest - highest))}; }
+};
+
+// The gradient of a row's logits, once it is swept.
+template <class T>
+struct SoftmaxSlope {
+  RowSoftmax<T> weighted;
+  T of_highest, dot;
+
+  static __device__ __forceinline__ SoftmaxSlope after(const SoftmaxSums<T>& sums, T weight) {
+    const RowSoftmax<T> softmax = sums.softmax();
+    return {{softmax.shift, softmax.factor * weight}, sums.of_highest, sums.dot * softmax.factor};
+  }
+  __device__ __forceinline__ T of(T x, T g) const { return weighted.of(x) * ((g - of_highest) - dot); }
+};
+
+template <class T>
+__device__ __forceinline__ T gradient_of_p(T d_predicted, T d_true_positives, T y) {
+  return y == T(0) ? d_predicted : d_predicted + y * d_true_positives;
+}
+
+// A pack of a row, and the g beside it: 0 where no gradient is asked for.
+template <bool dense, class S, bool aligned>
+__device__ __forceinline__ void load_row(const Columned<S>& logits, std::int64_t row, int label,
+                                         const Columns<aligned>& columns, Reads reads,
+                                         Accumulate<S> (&x)[Pack<S>::width], Accumulate<S> (&g)[Pack<S>::width]) {
+  using T = Accumulate<S>;
+  constexpr int width = Pack<S>::width;
+  load_pack(logits.logits + row * logits.image_stride, columns, 0, reads).to_values(x);
+#pragma unroll
+  for (int k = 0; k < width; ++k) g[k] = T(0);
+  if (logits.d_logits == nullptr) return;
+  T y[width], of_true_positives[width];
+  load_labels<dense>(logits.labels, row, label, columns, 0, y);
+  load_values(logits.d_predicted, columns, 0, T(0), g);
+  load_values(logits.d_true_positives, columns, 0, T(0), of_true_positives);
+#pragma unroll
+  for (int k = 0; k < width; ++k) g[k] = gradient_of_p(g[k], of_true_positives[k], y[k]);
+}
+
+// `lanes` threads share a row: of a warp, or if it is wide all of a block.
+template <class S, bool dense, bool aligned, bool wide>
+__global__ void __launch_bounds__(kColumnThreads)
+    softmax_of_rows(const __grid_constant__ Columned<S> logits, int lanes) {
+  using T = Accumulate<S>;
+  constexpr int width = Pack<S>::width;
+  const int lane = static_cast<int>(threadIdx.x) % lanes, group = static_cast<int>(threadIdx.x) / lanes;
+  const int groups = static_cast<int>(blockDim.x) / lanes, classes = logits.labels.classes, length = lanes * width;
+  const int pieces = (classes + length - 1) / length;
+  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * groups;
+  for (std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * groups; first < logits.images; first += step) {
+    const std::int64_t row = first + group;
+    const Counted<T> counted =
+        row < logits.images ? counted_row(logits.labels, row) : Counted<T>{false, false, -1, T(0)};
+    T x[width], g[width];
+    SoftmaxSums<T> sums = SoftmaxSums<T>::nothing();
+    for (int piece = 0; counted.is_read && piece < pieces; ++piece) {
+      const Columns<aligned> columns{piece * length, classes, lanes, lane};
+      load_row<dense>(logits, row, counted.label, columns, Reads::again, x, g);
+#pragma unroll
+      for (int k = 0; k < width; ++k) sums.add(x[k], g[k]);
+    }
+    if constexpr (wide) {
+      SHARED_ARRAY(SoftmaxSums<T>, of_warps, kColumnThreads / kWarp);
+      sums = sums.joined(kWarp);
+      if (lane % kWarp == 0) of_warps[lane / kWarp] = sums;
+      __syncthreads();
+      sums = lane % kWarp < kColumnThreads / kWarp ? of_warps[lane % kWarp] : SoftmaxSums<T>::nothing();
+      sums = sums.joined(kWarp);
+      __syncthreads();  // the next row's may be written
+    } else {
+      sums = sums.joined(lanes);
+    }
+    if (row >= logits.images) continue;
+    if (logits.d_logits == nullptr) {
+      if (lane == 0) logits.softmax[row] = sums.softmax();
+      continue;
+    }
+    const auto slope = SoftmaxSlope<T>::after(sums, counted.weight);
+    for (int piece = pieces - 1; piece >= 0; --piece) {
+      const Columns<aligned> columns{piece * length, classes, lanes, lane};
+      T d[width];
+      if (counted.is_read) load_row<dense>(logits, row, counted.label, columns, Reads::once, x, g);
+#pragma unroll
+      for (int k = 0; k < width; ++k) d[k] = counted.is_read ? slope.of(x[k], g[k]) : counted.value_of_unread();
+      store_pack(logits.d_logits + row * classes, columns, 0, d);
+    }
+  }
+}
+
+// One class of a thread's pixels, and the g beside it: 0 where no gradient is asked for.
+template <bool dense, int width, class S, class T, bool aligned>
+__device__ __forceinline__ void load_pixels(const Columned<S>& logits, std::int64_t image, int c,
+                                            const Columns<aligned>& pixels, const int (&label)[width], Reads reads,
+                                            T (&x)[width], T (&g)[width]) {
+  const S* const run = logits.logits + image * logits.image_stride + c * logits.class_stride;
+  load_pack<S, aligned, width>(run, pixels, 0, reads).to_values(x);
+#pragma unroll
+  for (int k = 0; k < width; ++k) g[k] = T(0);
+  if (logits.d_logits == nullptr) return;
+  const T d_predicted = logits.d_predicted[c], d_true_positives = logits.d_true_positives[c];
+  if (logits.labels.labels) {
+#pragma unroll
+    for (int k = 0; k < width; ++k) g[k] = label[k] == c ? T(1) : T(0);
+  } else {
+    load_pixel_labels<dense>(logits, image, c, pixels, g);
+  }
+#pragma unroll
+  for (int k = 0; k < width; ++k) g[k] = gradient_of_p(d_predicted, d_true_positives, g[k]);
+}
+
+template <class S>
+constexpr int softmax_pixels() {
+  return std::min(kSoftmaxPixels, Pack<S>::width);
+}
+
+template <class S, bool dense, bool aligned>
+__global__ void __launch_bounds__(kColumnThreads)
+    softmax_of_images(const __grid_constant__ Columned<S> logits, std::int64_t pieces) {
+  using T = Accumulate<S>;
+  constexpr int width = softmax_pixels<S>();
+  const int thread = static_cast<int>(threadIdx.x), classes = logits.labels.classes, length = kColumnThreads * width;
+  const int pieces_of_image = (logits.pixels + length - 1) / length;
+  for (std::int64_t piece = blockIdx.x; piece < pieces; piece += gridDim.x) {
+    const std::int64_t image = piece / pieces_of_image;
+    const Columns<aligned> pixels{static_cast<int>(piece % pieces_of_image) * length, logits.pixels, kColumnThreads,
+                                  thread};
+    if (!pixels.template has<width>(0)) continue;
+    const auto row_of = [&](int k) { return image * logits.pixels + pixels.template of<width>(0, k); };
+    const auto counted = [&](int k) {
+      const bool exists = pixels.template of<width>(0, k) < pixels.end;
+      return exists ? counted_row(logits.labels, row_of(k)) : Counted<T>{false, false, -1, T(0)};
+    };
+    int label[width];
+    SoftmaxSums<T> sums[width];
+    T x[width], g[width];
+#pragma unroll
+    for (int k = 0; k < width; ++k) {
+      label[k] = counted(k).label;
+      sums[k] = SoftmaxSums<T>::nothing();
+    }
+    for (int c = 0; c < classes; ++c) {
+      load_pixels<dense>(logits, image, c, pixels, label, Reads::again, x, g);
+#pragma unroll
+      for (int k = 0; k < width; ++k) sums[k].add(x[k], g[k]);
+    }
+    if (logits.d_logits == nullptr) {
+#pragma unroll
+      for (int k = 0; k < width; ++k) {
+        if (counted(k).is_read) logits.softmax[row_of(k)] = sums[k].softmax();
+      }
+      continue;
+    }
+    SoftmaxSlope<T> slopes[width];
+    unsigned is_read = 0, outside = 0;  // a bit for each: counted() takes more registers than it is worth to keep
+#pragma unroll
+    for (int k = 0; k < width; ++k) {
+      const Counted<T> pixel = counted(k);
+      is_read |= static_cast<unsigned>(pixel.is_read) << k;
+      outside |= static_cast<unsigned>(pixel.outside) << k;
+      slopes[k] = SoftmaxSlope<T>::after(sums[k], pixel.weight);
+    }
+    for (int c = classes - 1; c >= 0; --c) {
+      T d[width];
+      load_pixels<dense>(logits, image, c, pixels, label, Reads::once, x, g);
+#pragma unroll
+      for (int k = 0; k < width; ++k) {
+        const Counted<T> pixel{(is_read >> k & 1) != 0, (outside >> k & 1) != 0, label[k], T(0)};
+        d[k] = pixel.is_read ? slopes[k].of(x[k], g[k]) : pixel.value_of_unread();
+      }
+      store_pack(logits.d_logits + (image * classes + c) * logits.pixels, pixels, 0, d);
+    }
+  }
+}
+
 // ---------------------------------------------------------------- launches
 
 template <class S>
@@ -344,6 +575,31 @@ cudaError_t cut_of(const ColumnSumsArguments& a, Cut* cut) {
   return cudaSuccess;
 }
 
+// Of each row what its softmax takes, or its gradient.
+template <class S>
+cudaError_t sweep_softmax(const ColumnSumsArguments& a, const Columned<S>& logits, cudaStream_t stream) {
+  constexpr int width = Pack<S>::width;
+  return with_form(a.dense != nullptr, is_aligned(logits), [&](auto dense, auto aligned) -> cudaError_t {
+    Shape shape{1, kColumnThreads, 1, 0};
+    if (a.pixels > 0) {
+      const auto kernel = &softmax_of_images<S, dense.value, aligned.value>;
+      const std::int64_t pieces = a.images * ceiling(a.pixels, kColumnThreads * softmax_pixels<S>());
+      if (const cudaError_t error = fill_device(kernel, pieces, &shape)) return error;
+      return launch(kernel, shape, stream, logits, pieces);
+    }
+    const int classes = static_cast<int>(a.classes);
+    if (classes > kWarp * width * kSoftmaxPacks) {
+      const auto kernel = &softmax_of_rows<S, dense.value, aligned.value, true>;
+      if (const cudaError_t error = fill_device(kernel, a.images, &shape)) return error;
+      return launch(kernel, shape, stream, logits, kColumnThreads);
+    }
+    const auto kernel = &softmax_of_rows<S, dense.value, aligned.value, false>;
+    const int lanes = lanes_for(classes, width, kWarp);
+    if (const cudaError_t error = fill_device(kernel, ceiling(a.images, kColumnThreads / lanes), &shape)) return error;
+    return launch(kernel, shape, stream, logits, lanes);
+  });
+}
+
 bool is_empty(const ColumnSumsArguments& a) { return a.rows() == 0 || a.classes == 0; }
 bool is_too_large(const ColumnSumsArguments& a) { return a.classes > kMostColumns || a.pixels > kMostColumns; }
 
@@ -361,16 +617,20 @@ cudaError_t column_parts(const ColumnSumsArguments& a, std::int64_t* parts) {
   });
 }
 
-cudaError_t column_sums(const ColumnSumsArguments& a, std::int64_t count, double* parts, void* sums,
+cudaError_t column_sums(const ColumnSumsArguments& a, void* softmax, std::int64_t count, double* parts, void* sums,
                         cudaStream_t stream) {
   if (a.classes == 0) return cudaSuccess;
   return with_dtype(a.dtype, [&](auto s) -> cudaError_t {
     using S = decltype(s);
     using T = Accumulate<S>;
     if (count > 0) {
-      const Columned<S> logits = columned<S>(a);
+      Columned<S> logits = columned<S>(a);
       Cut cut;
       if (const cudaError_t error = cut_of<S>(a, &cut)) return error;
+      if (a.from_softmax) {
+        logits.softmax = static_cast<RowSoftmax<T>*>(softmax);
+        if (const cudaError_t error = sweep_softmax<S>(a, logits, stream)) return error;
+      }
       const Shape shape{static_cast<unsigned>(count * cut.side_by_side), kColumnThreads, 1, 0};
       const cudaError_t error = with_form(a.dense != nullptr, is_aligned(logits), [&](auto dense, auto aligned) {
         if (a.pixels > 0) {
@@ -397,6 +657,7 @@ cudaError_t column_sums_gradient(const ColumnSumsArguments& a, cudaStream_t stre
     const Columned<S> logits = columned<S>(a);
     Cut cut;
     if (const cudaError_t error = cut_of<S>(a, &cut)) return error;
+    if (a.from_softmax) return sweep_softmax<S>(a, logits, stream);
     return with_form(a.dense != nullptr, is_aligned(logits), [&](auto dense, auto aligned) -> cudaError_t {
       Shape shape{1, kColumnThreads, 1, 0};
       if (a.pixels > 0) {

@@ -216,16 +216,15 @@ struct Columns {
 };
 
 // A pack of a row; numbers that the row does not have are masks.
-template <class S, bool aligned>
-__device__ __forceinline__ Pack<S> load_pack(const S* row, const Columns<aligned>& columns, int pack,
-                                             Reads reads = Reads::once) {
-  constexpr int width = Pack<S>::width;
+template <class S, bool aligned, int width = Pack<S>::width>
+__device__ __forceinline__ Pack<S, width> load_pack(const S* row, const Columns<aligned>& columns, int pack,
+                                                    Reads reads = Reads::once) {
   if constexpr (aligned) {
     const int column = columns.template of<width>(pack, 0);
-    return column < columns.end ? Pack<S>::load(row + column, reads) : Pack<S>::masks();
+    return column < columns.end ? Pack<S, width>::load(row + column, reads) : Pack<S, width>::masks();
   } else {
     const Columns<aligned> apart = columns.forgotten();
-    Pack<S> loaded;
+    Pack<S, width> loaded;
 #pragma unroll
     for (int k = 0; k < width; ++k) {
       const int column = apart.template of<width>(pack, k);
@@ -235,13 +234,12 @@ __device__ __forceinline__ Pack<S> load_pack(const S* row, const Columns<aligned
   }
 }
 
-template <class S, bool aligned>
+template <class S, bool aligned, int width>
 __device__ __forceinline__ void store_pack(S* row, const Columns<aligned>& columns, int pack,
-                                           const Accumulate<S> (&values)[Pack<S>::width]) {
-  constexpr int width = Pack<S>::width;
+                                           const Accumulate<S> (&values)[width]) {
   if constexpr (aligned) {
     const int column = columns.template of<width>(pack, 0);
-    if (column < columns.end) Pack<S>::of_values(values).store(row + column);
+    if (column < columns.end) Pack<S, width>::of_values(values).store(row + column);
   } else {
     const Columns<aligned> apart = columns.forgotten();
 #pragma unroll
@@ -258,7 +256,7 @@ template <int width, class S, class T, bool aligned>
 __device__ __forceinline__ void load_values(const S* vector, const Columns<aligned>& columns, int pack, T fill,
                                             T (&values)[width]) {
   if constexpr (aligned) {
-    constexpr int step = 16 / sizeof(S);
+    constexpr int step = 16 / sizeof(S) < width ? 16 / sizeof(S) : width;
     static_assert(width % step == 0);
     const int column = columns.template of<width>(pack, 0);
 #pragma unroll
@@ -266,7 +264,7 @@ __device__ __forceinline__ void load_values(const S* vector, const Columns<align
     if (column >= columns.end) return;
 #pragma unroll
     for (int k = 0; k < width; k += step) {
-      const Pack<S> numbers = Pack<S>::load(vector + column + k, Reads::again);
+      const auto numbers = Pack<S, step>::load(vector + column + k, Reads::again);
 #pragma unroll
       for (int j = 0; j < step; ++j) values[k + j] = number_of(numbers.get(j));
     }

@@ -1,7 +1,8 @@
 """column_sums: sums of probabilities and labels over a batch, class by class, differentiable in the logits.
 
-The forward reads the logits once and writes (C,) vectors; the backward reads them once more and writes their gradient,
-``p (1 - p) (d_predicted + y d_true_positives)``. Nothing else of their size exists, and labels never become one-hot.
+The forward reads the logits and writes (C,) vectors; the backward reads them again and writes their gradient: with
+``g = d_predicted + y d_true_positives`` it is ``p (1 - p) g`` of a sigmoid and ``p (g - sum p g)`` of a softmax, summed
+over the row. Nothing else of their size exists, and labels never become one-hot.
 """
 
 from __future__ import annotations
@@ -33,12 +34,19 @@ class ColumnSums(NamedTuple):
 class _ColumnSums(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, target: Tensor, sample_weight: Tensor | None, ignore_index: int, impl: str
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        sample_weight: Tensor | None,
+        ignore_index: int,
+        from_softmax: bool,
+        impl: str,
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(logits, target, sample_weight)
-        ctx.ignore_index = ignore_index
+        ctx.options = (ignore_index, from_softmax)
         ctx.impl = impl
-        predicted, true_positives, positives = kernels(impl).column_sums(logits, target, sample_weight, ignore_index)
+        arguments = (logits, target, sample_weight, *ctx.options)
+        predicted, true_positives, positives = kernels(impl).column_sums(*arguments)
         ctx.mark_non_differentiable(positives)
         return predicted, true_positives, positives
 
@@ -48,8 +56,9 @@ class _ColumnSums(torch.autograd.Function):
         ctx: Any, d_predicted: Tensor, d_true_positives: Tensor, _positives: Tensor
     ) -> tuple[Tensor | None, ...]:
         logits, target, sample_weight = ctx.saved_tensors
-        arguments = (logits, target, sample_weight, ctx.ignore_index, d_predicted, d_true_positives)
-        return kernels(ctx.impl).column_sums_backward(*arguments), None, None, None, None  # target, ..., impl
+        arguments = (logits, target, sample_weight, *ctx.options, d_predicted, d_true_positives)
+        d_logits = kernels(ctx.impl).column_sums_backward(*arguments)
+        return d_logits, None, None, None, None, None  # target, sample_weight, ignore_index, from_softmax, impl
 
 
 class _AllReduce(torch.autograd.Function):
@@ -81,11 +90,7 @@ def column_sums(
     """Return the sums of a batch; the public form is imbalance_kernels.functional.column_sums."""
     labels = as_labels(input, target, class_dim)
     logits, target = labels.logits, labels.target
-    if from_softmax:
-        choose(impl, input, lacking=("cpu", "triton", "cuda"))
-        chosen = "reference"
-    else:
-        chosen = choose(impl, input)
+    chosen = choose(impl, input)
     if chosen != "cpu":
         check_label_range(labels, ignore_index)
     sample_weight = check_row_weights(labels, sample_weight)
@@ -94,9 +99,9 @@ def column_sums(
         logits = only_once(logits) if torch.is_grad_enabled() and logits.requires_grad else logits
         sums = reference.column_sums(logits, target, ignore_index, sample_weight, from_softmax=from_softmax)
     elif torch.is_grad_enabled() and logits.requires_grad:
-        sums = _ColumnSums.apply(logits, target, sample_weight, ignore_index, chosen)
+        sums = _ColumnSums.apply(logits, target, sample_weight, ignore_index, from_softmax, chosen)
     else:
-        sums = kernels(chosen).column_sums(logits, target, sample_weight, ignore_index)
+        sums = kernels(chosen).column_sums(logits, target, sample_weight, ignore_index, from_softmax)
     if process_group is None:
         return ColumnSums(*sums, rows)
     num_classes = logits.shape[1]

@@ -44,7 +44,7 @@ SIGMOID_SCHEMA = (
 MULTILABEL_SCHEMA = (
     "Tensor target, Tensor? bias, Tensor? sample_weight, Tensor? normalizer, int ignore_index, str reduction"
 )
-COLUMN_SUMS_SCHEMA = "Tensor target, Tensor? sample_weight, int ignore_index"
+COLUMN_SUMS_SCHEMA = "Tensor target, Tensor? sample_weight, int ignore_index, bool from_softmax"
 SPLIT_BACKWARD_SCHEMA = "Tensor rest, Tensor shift, Tensor d_target, Tensor d_rest, Tensor d_weighted_logits"
 
 SCHEMAS = {
