@@ -208,6 +208,28 @@ ObjectiveKind objective_of(std::string_view name) {
       const OptionalTensor &sample_weight, const OptionalTensor &normalizer, std::string_view reduction, double z_loss
 #define LOSS_NAMES objective, objective_parameters, class_parameter, sample_weight, normalizer, reduction, z_loss
 
+// What a loss may tell of its rows beside what they cost, and where a device puts it.
+struct RowReports {
+  bool with_log_probs, with_correct;
+  Tensor log_probs;  // (N,) of the targets, 0 where nothing counts
+  Tensor correct;    // (N,) bool: whether no logit is above the target's
+
+  std::tuple<Tensor, Tensor> of(const Tensor& logits) const {
+    const auto none = [&](at::ScalarType type) { return at::empty({0}, logits.options().dtype(type)); };
+    return {with_log_probs ? log_probs : none(accumulate_type(logits)), with_correct ? correct : none(at::kBool)};
+  }
+  bool any() const { return with_log_probs || with_correct; }
+
+  // Before rows are read. What is correct depends on log_probs, which say where a row is NaN.
+  void allocate(const Tensor& logits, const Tensor& target) {
+    if (!any()) return;
+    TORCH_CHECK_VALUE(!at::isFloatingType(target.scalar_type()), "log_probs and correct need class indices");
+    log_probs = empty_result(logits, target.sizes());
+    if (with_correct) correct = at::empty(target.sizes(), logits.options().dtype(at::kBool));
+  }
+};
+#define REPORTS_SCHEMA "bool with_log_probs, bool with_correct"
+
 // What both devices' LossArguments have in common.
 template <class LossArguments>
 LossArguments loss_arguments(Split& split, const Tensor& d_logits, LOSS_PARAMETERS) {
@@ -536,13 +558,14 @@ struct Cpu {
   }
 
   template <class T>
-  static Tensor loss_in(const Tensor& logits, const Tensor& d_logits, const OptionalTensor& upstream, SPLIT_PARAMETERS,
-                        LOSS_PARAMETERS) {
+  static Tensor loss_in(const Tensor& logits, const Tensor& d_logits, const OptionalTensor& upstream,
+                        RowReports* reports, SPLIT_PARAMETERS, LOSS_PARAMETERS) {
     Split split(logits, SPLIT_NAMES);
     auto loss = loss_arguments<cpu::LossArguments>(split, d_logits, LOSS_NAMES);
     const bool reduced = reduction != "none";
     if (upstream && !reduced) loss.upstream = split.row_vector("upstream", upstream);
     const int64_t valid = check_targets(split);
+    reports->allocate(logits, target);
     double divisor = 1;
     if (normalizer) {
       divisor = normalizer->item<double>();
@@ -551,12 +574,16 @@ struct Cpu {
     }
     if (normalizer && divisor == 0) {  // gives 0, whatever the rows hold
       if (d_logits.defined()) d_logits.zero_();
+      if (reports->log_probs.defined()) reports->log_probs.zero_();
+      if (reports->correct.defined()) reports->correct.zero_();
       return empty_result(logits, {}).zero_();
     }
     loss.inverse_divisor = 1 / divisor;
     if (upstream && reduced) loss.inverse_divisor *= upstream->item<double>();
     const Tensor losses = empty_result(logits, {split.rows()});
     loss.losses = losses.mutable_data_ptr();
+    if (reports->log_probs.defined()) loss.log_probs = reports->log_probs.mutable_data_ptr();
+    if (reports->correct.defined()) loss.correct = reports->correct.mutable_data_ptr<bool>();
     const auto run = cpu::kernels()->loss[static_cast<int>(loss.split.dtype)];
     for_rows(split, [&](int64_t first, int64_t last, void* scratch) { run(loss, first, last, scratch); });
     if (!reduced) return losses;
@@ -565,10 +592,10 @@ struct Cpu {
     return empty_result(logits, {}).fill_(total / divisor);
   }
 
-  static Tensor loss(const Tensor& logits, const Tensor& d_logits, const OptionalTensor& upstream, SPLIT_PARAMETERS,
-                     LOSS_PARAMETERS) {
+  static Tensor loss(const Tensor& logits, const Tensor& d_logits, const OptionalTensor& upstream, RowReports* reports,
+                     SPLIT_PARAMETERS, LOSS_PARAMETERS) {
     const auto run = logits.scalar_type() == at::kDouble ? &loss_in<double> : &loss_in<float>;
-    return run(logits, d_logits, upstream, SPLIT_NAMES, LOSS_NAMES);
+    return run(logits, d_logits, upstream, reports, SPLIT_NAMES, LOSS_NAMES);
   }
 
   // Labels are in [0, C], those of lists in [0, C), or ignored.
@@ -772,9 +799,19 @@ struct Cuda {
     return sums.numel() == 1 ? sums : sum(sums, {});
   }
 
+  // Whether a row's target is a class and no logit is above its own, (N,): one more read of the logits.
+  static Tensor highest_targets(const Tensor& logits, const Tensor& target, int64_t ignore_index) {
+    const int64_t classes = logits.size(1);
+    const Tensor is_class = target.ge(0).logical_and_(target.lt(classes)).logical_and_(target.ne(ignore_index));
+    if (classes == 0) return is_class;
+    const Tensor index = target.to(at::kLong).masked_fill(is_class.logical_not(), 0);
+    const Tensor highest = logits.amax({1}, true);  // (N, 1) or (B, 1, P), and NaN where a logit is
+    return logits.gather(1, index.reshape(highest.sizes())).ge(highest).flatten().logical_and_(is_class);
+  }
+
   // With an upstream gradient there is no loss, which is then known already.
-  static Tensor loss(const Tensor& logits, const Tensor& d_logits, const OptionalTensor& upstream, SPLIT_PARAMETERS,
-                     LOSS_PARAMETERS) {
+  static Tensor loss(const Tensor& logits, const Tensor& d_logits, const OptionalTensor& upstream, RowReports* reports,
+                     SPLIT_PARAMETERS, LOSS_PARAMETERS) {
     const c10::DeviceGuard guard(logits.device());
     Split split(logits, SPLIT_NAMES);
     auto loss = loss_arguments<cuda::LossArguments>(split, d_logits, LOSS_NAMES);
@@ -782,7 +819,8 @@ struct Cuda {
     loss.normalizer = split.scalar("normalizer", normalizer);
     loss.upstream = reduced ? split.scalar("upstream", upstream) : split.row_vector("upstream", upstream);
     loss.upstream_step = reduced ? 0 : 1;
-    Tensor losses, divisor;
+    reports->allocate(logits, target);
+    Tensor losses, divisor, highest;
     if (!upstream) {
       losses = empty_result(logits, {split.rows()});
       loss.losses = losses.mutable_data_ptr();
@@ -791,7 +829,14 @@ struct Cuda {
       divisor = mean_divisor(logits, split.rows(), loss);
       loss.divisor = divisor.const_data_ptr();
     }
+    if (reports->any()) loss.log_probs = reports->log_probs.mutable_data_ptr();
+    if (reports->with_correct) highest = highest_targets(logits, target, ignore_index);  // before the gradient
     check_launch(cuda::loss_rows(loss, split.rows(), current_stream()));
+    if (reports->with_correct) {  // not where the row is NaN, nor where a normalizer of 0 lets nothing count
+      highest.logical_and_(reports->log_probs.eq(reports->log_probs));
+      if (normalizer) highest.logical_and_(normalizer->ne(0));
+      reports->correct.copy_(highest);
+    }
     return reduced && !upstream ? sum(losses, loss) : losses;
   }
 
@@ -907,33 +952,43 @@ struct Cuda {
 
 // Device::loss returns the loss, () for "mean" and "sum", (N,) for "none". Logits are rows (N, C) or channels-first
 // (B, C, P), of which the N rows are the B * P pixels. The gradient of the logits goes to d_logits
-// where that is defined, for an upstream gradient of the loss's shape, or of one where that is absent.
+// where that is defined, for an upstream gradient of the loss's shape, or of one where that is absent. What the rows
+// tell goes to `reports`.
 
 template <class Device>
-std::tuple<Tensor, Tensor> softmax_loss(const Tensor& logits, SPLIT_PARAMETERS, LOSS_PARAMETERS, bool with_gradient) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_loss(const Tensor& logits, SPLIT_PARAMETERS, LOSS_PARAMETERS,
+                                                        bool with_gradient, bool with_log_probs, bool with_correct) {
   const Tensor d_logits = with_gradient ? Device::empty_gradient(logits) : Tensor();
-  const Tensor loss = Device::loss(logits, d_logits, std::nullopt, SPLIT_NAMES, LOSS_NAMES);
-  return {loss, with_gradient ? d_logits : at::empty({0}, logits.options())};
+  RowReports reports{with_log_probs, with_correct, {}, {}};
+  const Tensor loss = Device::loss(logits, d_logits, std::nullopt, &reports, SPLIT_NAMES, LOSS_NAMES);
+  const auto [log_probs, correct] = reports.of(logits);
+  return {loss, with_gradient ? d_logits : at::empty({0}, logits.options()), log_probs, correct};
 }
 
 // The same, with the gradient in the logits' memory.
 template <class Device>
-Tensor softmax_loss_(const Tensor& logits, SPLIT_PARAMETERS, LOSS_PARAMETERS) {
+std::tuple<Tensor, Tensor, Tensor> softmax_loss_(const Tensor& logits, SPLIT_PARAMETERS, LOSS_PARAMETERS,
+                                                 bool with_log_probs, bool with_correct) {
   TORCH_CHECK_VALUE(reduction != "none", "softmax_loss_ needs the upstream gradient of 'none': softmax_loss_backward_");
-  return Device::loss(logits, logits, std::nullopt, SPLIT_NAMES, LOSS_NAMES);
+  RowReports reports{with_log_probs, with_correct, {}, {}};
+  const Tensor loss = Device::loss(logits, logits, std::nullopt, &reports, SPLIT_NAMES, LOSS_NAMES);
+  const auto [log_probs, correct] = reports.of(logits);
+  return {loss, log_probs, correct};
 }
 
 // The gradient alone, once the upstream gradient is known.
 template <class Device>
 Tensor softmax_loss_backward(const Tensor& logits, SPLIT_PARAMETERS, LOSS_PARAMETERS, const Tensor& upstream) {
   const Tensor d_logits = Device::empty_gradient(logits);
-  Device::loss(logits, d_logits, upstream, SPLIT_NAMES, LOSS_NAMES);
+  RowReports reports{};
+  Device::loss(logits, d_logits, upstream, &reports, SPLIT_NAMES, LOSS_NAMES);
   return d_logits;
 }
 
 template <class Device>
 void softmax_loss_backward_(const Tensor& logits, SPLIT_PARAMETERS, LOSS_PARAMETERS, const Tensor& upstream) {
-  Device::loss(logits, logits, upstream, SPLIT_NAMES, LOSS_NAMES);
+  RowReports reports{};
+  Device::loss(logits, logits, upstream, &reports, SPLIT_NAMES, LOSS_NAMES);
 }
 
 // Multiplies a gradient by an upstream gradient; returns at once where that is one.
@@ -1080,9 +1135,10 @@ void target_and_rest_backward_(const Tensor& logits, SPLIT_PARAMETERS, SPLIT_BAC
 // ---------------------------------------------------------------- registration
 
 void define_operations(torch::Library& m) {
-  m.def("softmax_loss(Tensor logits, " SPLIT_SCHEMA ", " LOSS_SCHEMA
-        ", bool with_gradient) -> (Tensor loss, Tensor d_logits)");
-  m.def("softmax_loss_(Tensor(a!) logits, " SPLIT_SCHEMA ", " LOSS_SCHEMA ") -> Tensor loss");
+  m.def("softmax_loss(Tensor logits, " SPLIT_SCHEMA ", " LOSS_SCHEMA ", bool with_gradient, " REPORTS_SCHEMA
+        ") -> (Tensor loss, Tensor d_logits, Tensor log_probs, Tensor correct)");
+  m.def("softmax_loss_(Tensor(a!) logits, " SPLIT_SCHEMA ", " LOSS_SCHEMA ", " REPORTS_SCHEMA
+        ") -> (Tensor loss, Tensor log_probs, Tensor correct)");
   m.def("softmax_loss_backward(Tensor logits, " SPLIT_SCHEMA ", " LOSS_SCHEMA ", Tensor upstream) -> Tensor d_logits");
   m.def("softmax_loss_backward_(Tensor(a!) logits, " SPLIT_SCHEMA ", " LOSS_SCHEMA ", Tensor upstream) -> ()");
   m.def("sigmoid_loss(Tensor logits, " SIGMOID_SCHEMA ", bool with_gradient) -> (Tensor loss, Tensor d_logits)");

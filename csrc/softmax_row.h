@@ -40,6 +40,12 @@ struct RowResult {
   Number weights;
 };
 
+// log p_t of a row, by its split: beside the row program, whose callers seldom ask for it.
+template <class Number>
+IMBALANCE_INLINE Number log_probability(Number target, Number rest) {
+  return Truth<Number>(target - rest).log_p;
+}
+
 template <class Number, class Scalar>
 IMBALANCE_INLINE RowResult<Number> row_program(const RowSplit<Number>& row, const RowOptions<Scalar>& options) {
   using M = Math<Number>;

@@ -41,6 +41,7 @@ from imbalance_kernels.sigmoid_modules import (
     SigmoidSoftTruncationLoss,
     VarifocalLoss,
 )
+from imbalance_kernels.softmax_row import LossOutput
 
 __version__ = _implementation.version()
 
@@ -61,6 +62,7 @@ __all__ = [
     "LDAMLoss",
     "LinearLoss",
     "LogitAdjustedLoss",
+    "LossOutput",
     "MultilabelSoftmaxLoss",
     "PolyLoss",
     "Prior",

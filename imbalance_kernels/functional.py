@@ -19,7 +19,7 @@ from imbalance_kernels.batch_statistics import (
     f1_weighted_cross_entropy,
     smooth_f1_loss,
 )
-from imbalance_kernels.keywords import CALL_KEYWORDS, legacy_reduction, options_of, reject_alpha, with_own
+from imbalance_kernels.keywords import SOFTMAX_CALL_KEYWORDS, legacy_reduction, options_of, reject_alpha, with_own
 from imbalance_kernels.logit_map import AngularMargin, CircleMargin, LogitMap, Margin
 from imbalance_kernels.multilabel import multilabel_softmax_loss
 from imbalance_kernels.objectives import Objective
@@ -44,6 +44,7 @@ from imbalance_kernels.sigmoid_functional import (
     sigmoid_soft_truncation_loss,
     varifocal_loss,
 )
+from imbalance_kernels.softmax_row import Loss
 
 __all__ = [
     "ColumnSums",
@@ -108,7 +109,9 @@ def softmax_loss(
     impl: str | None = None,
     sample_weight: Tensor | None = None,
     normalizer: Tensor | float | None = None,
-) -> Tensor:
+    return_log_probs: bool = False,
+    return_correct: bool = False,
+) -> Loss:
     """Any objective of the log-odds of the truth, on mapped logits: the general form of every loss here.
 
     ``z_j = scale * factor_j * softcap(x_j) + tau * log prior_j``, the target with its margin first;
@@ -140,12 +143,21 @@ def softmax_loss(
         impl: "reference", "cpu" or None for the best one available.
         sample_weight: weights of rows, of target's shape.
         normalizer: a number or tensor () that replaces the divisor of "mean" and "sum"; 0 gives 0.
+        return_log_probs: return log p_t of the effective logits too, whatever the objective, smoothing and z-loss.
+        return_correct: return too whether the target is what the raw logits (before prior, margin, scale) predict: no
+            class's is above its own, so that ties are correct.
 
     Returns:
-        The loss, () or of target's shape for "none"; float32 for half-precision input.
+        The loss, () or of target's shape for "none"; float32 for half-precision input. With `return_log_probs` or
+        `return_correct` a `LossOutput` (loss, log_probs, correct), where log_probs, in the loss's dtype, and correct,
+        bool, are of target's shape and detached, or None if not asked for. Where a target does not count (it is
+        ignored, or the normalizer is 0) they are 0 and False, in a row that is NaN they are NaN and False. Both come
+        from the sweep that makes the loss; with impl="cuda" and "triton", and for losses with two temperatures, what is
+        correct takes one more read of the logits.
 
     Raises:
-        ValueError: a shape, device or number that does not fit (the message names the argument).
+        ValueError: a shape, device or number that does not fit (the message names the argument); return_log_probs or
+            return_correct with class probabilities, which name no one class.
         TypeError: a dtype that is not supported, or an unknown keyword.
         IndexError: a target outside [0, C) that is not ignore_index (on an accelerator the row is NaN instead, unless
             IMBALANCE_KERNELS_CHECK=1).
@@ -178,6 +190,8 @@ def softmax_loss(
         normalizer=normalizer,
         class_dim=class_dim,
         impl=impl,
+        return_log_probs=return_log_probs,
+        return_correct=return_correct,
     )
 
 
@@ -191,7 +205,7 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     **keywords: Any,
-) -> Tensor:
+) -> Loss:
     """``loss = -log p_t``: torch.nn.functional.cross_entropy in its positional order, with all shared keywords.
 
     Example:
@@ -217,7 +231,7 @@ def logit_adjusted_loss(
     zero_count: str | None = None,
     prior: AnyPrior | None = None,
     **keywords: Any,
-) -> Tensor:
+) -> Loss:
     """``loss = -log softmax(x + tau log prior)_t``. kexue.fm 7615; Menon et al. 2021.
 
     Args:
@@ -242,7 +256,7 @@ def logit_adjusted_loss(
     )
 
 
-def balanced_softmax_loss(input: Tensor, target: Tensor, class_counts: Tensor | Any, **keywords: Any) -> Tensor:
+def balanced_softmax_loss(input: Tensor, target: Tensor, class_counts: Tensor | Any, **keywords: Any) -> Loss:
     """``loss = -log softmax(x + log n)_t``: logit adjustment with tau = 1. Ren et al. 2020.
 
     Example:
@@ -251,7 +265,7 @@ def balanced_softmax_loss(input: Tensor, target: Tensor, class_counts: Tensor | 
     return softmax_loss(input, target, **with_own(balanced_softmax_loss, keywords, prior=Prior(class_counts)))
 
 
-def focal_loss(input: Tensor, target: Tensor, gamma: float | Tensor = 2.0, **keywords: Any) -> Tensor:
+def focal_loss(input: Tensor, target: Tensor, gamma: float | Tensor = 2.0, **keywords: Any) -> Loss:
     """``loss = -(1 - p_t)^gamma log p_t``. Lin et al. 2017; kexue.fm 4733.
 
     Args:
@@ -267,7 +281,7 @@ def focal_loss(input: Tensor, target: Tensor, gamma: float | Tensor = 2.0, **key
     return softmax_loss(input, target, **with_own(focal_loss, keywords, objective=objectives.Focal(gamma)))
 
 
-def hard_truncation_loss(input: Tensor, target: Tensor, threshold: float = 0.5, **keywords: Any) -> Tensor:
+def hard_truncation_loss(input: Tensor, target: Tensor, threshold: float = 0.5, **keywords: Any) -> Loss:
     """``loss = -log p_t`` where ``p_t < threshold``, half of it at equality, else 0. kexue.fm 4733.
 
     Example:
@@ -284,7 +298,7 @@ def soft_truncation_loss(
     sharpness: float = 1.0,
     form: str = "softmax_neg",
     **keywords: Any,
-) -> Tensor:
+) -> Loss:
     """``loss = -r_t log p_t``, ``r = softmax(-K z)`` ("softmax_neg"). kexue.fm 4733.
 
     The other forms weight by ``1 - softmax(K z)_t`` ("one_minus_softmax", its reader's) and by ``sigmoid(-K log-odds)``
@@ -306,11 +320,11 @@ def soft_truncation_loss(
         return softmax_loss(input, target, **keywords)
     if form not in FORMS:
         raise ValueError(f"form is {form!r}, but it must be one of {(*FORMS, 'log_odds')}")
-    call = {name: keywords.pop(name) for name in CALL_KEYWORDS if name in keywords}
+    call = {name: keywords.pop(name) for name in SOFTMAX_CALL_KEYWORDS if name in keywords}
     return two_temperature_loss(input, target, options_of(**keywords), form, **call)
 
 
-def poly_loss(input: Tensor, target: Tensor, epsilon: float = 1.0, **keywords: Any) -> Tensor:
+def poly_loss(input: Tensor, target: Tensor, epsilon: float = 1.0, **keywords: Any) -> Loss:
     """``loss = -log p_t + epsilon (1 - p_t)``. Leng et al. 2022.
 
     Example:
@@ -319,7 +333,7 @@ def poly_loss(input: Tensor, target: Tensor, epsilon: float = 1.0, **keywords: A
     return softmax_loss(input, target, **with_own(poly_loss, keywords, objective=objectives.Poly(epsilon)))
 
 
-def generalized_cross_entropy(input: Tensor, target: Tensor, q: float = 0.7, **keywords: Any) -> Tensor:
+def generalized_cross_entropy(input: Tensor, target: Tensor, q: float = 0.7, **keywords: Any) -> Loss:
     """``loss = (1 - p_t^q) / q``, robust to noisy labels. Zhang and Sabuncu 2018.
 
     Example:
@@ -330,7 +344,7 @@ def generalized_cross_entropy(input: Tensor, target: Tensor, q: float = 0.7, **k
     )
 
 
-def smooth_accuracy_loss(input: Tensor, target: Tensor, **keywords: Any) -> Tensor:
+def smooth_accuracy_loss(input: Tensor, target: Tensor, **keywords: Any) -> Loss:
     """``loss = 1 - p_t``: the error rate with the probability in place of the argmax. kexue.fm 7708.
 
     Example:
@@ -348,7 +362,7 @@ def ldam_loss(
     max_margin: float = 0.5,
     scale: float = 30.0,
     **keywords: Any,
-) -> Tensor:
+) -> Loss:
     """``loss = -log softmax(scale (x - m_t [j = t]))_t``, ``m_j = max_margin (n_min / n_j)^(1/4)``. Cao et al. 2019.
 
     Args:
@@ -373,7 +387,7 @@ def cosface_loss(
     margin: float | Tensor = 0.35,
     scale: float = 64.0,
     **keywords: Any,
-) -> Tensor:
+) -> Loss:
     """``loss = -log softmax(scale (x - margin [j = t]))_t`` on cosines x. Wang et al. 2018 (CosFace, AM-softmax).
 
     Example:
@@ -389,7 +403,7 @@ def arcface_loss(
     scale: float = 64.0,
     straight_through: bool = False,
     **keywords: Any,
-) -> Tensor:
+) -> Loss:
     """``loss = -log softmax(scale cos(theta_j + margin [j = t]))_t`` on cosines. Deng et al. 2019 (ArcFace).
 
     Args:
@@ -414,7 +428,7 @@ def circle_loss(
     scale: float = 256.0,
     detach: bool = True,
     **keywords: Any,
-) -> Tensor:
+) -> Loss:
     """Circle loss at class level: cross-entropy of cosines s that pull and push in their own measure. Sun et al. 2020.
 
     ``z_t = scale relu(1 + m - s_t) (s_t - (1 - m))``, ``z_j = scale relu(s_j + m) (s_j - m)``.
@@ -444,7 +458,7 @@ def vs_loss(
     *,
     zero_count: str | None = None,
     **keywords: Any,
-) -> Tensor:
+) -> Loss:
     """``loss = -log softmax((n_j / n_max)^gamma x_j + tau log prior_j)_t``; tau = 0 is CDT. Kini et al. 2021.
 
     Example:
@@ -562,8 +576,10 @@ def linear_cross_entropy(
     chunk_bytes: int | None = None,
     accumulate: str = "float32",
     impl: str | None = None,
+    return_log_probs: bool = False,
+    return_correct: bool = False,
     **keywords: Any,
-) -> Tensor:
+) -> Loss:
     """``loss = cross_entropy(input linear_weight^T + linear_bias, target)`` without the logits.
 
     torch.nn.functional.linear_cross_entropy with its arguments, for a weight (C, D); other losses have it as a method,
@@ -583,6 +599,8 @@ def linear_cross_entropy(
         chunk_bytes: memory for a chunk's logits, see `imbalance_kernels.SoftmaxLoss.linear`.
         accumulate: "float32" or "weight", see there.
         impl: "reference", "cpu", "cuda", "triton" or None for the best one available.
+        return_log_probs: return a `LossOutput`, see `softmax_loss`.
+        return_correct: the same.
         keywords: the other keyword arguments of `softmax_loss` that describe a loss: prior, margin, softcap, ...
 
     Raises:
@@ -607,6 +625,8 @@ def linear_cross_entropy(
         chunk_bytes=chunk_bytes,
         accumulate=accumulate,
         impl=impl,
+        return_log_probs=return_log_probs,
+        return_correct=return_correct,
     )
 
 

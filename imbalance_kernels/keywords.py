@@ -15,10 +15,19 @@ from imbalance_kernels.objectives import CrossEntropy, Objective
 from imbalance_kernels.options import SoftmaxOptions
 from imbalance_kernels.priors.arguments import AnyPrior, prior_bias
 
-__all__ = ["CALL_KEYWORDS", "checked_keywords", "legacy_reduction", "options_of", "reject_alpha", "with_own"]
+__all__ = [
+    "CALL_KEYWORDS",
+    "SOFTMAX_CALL_KEYWORDS",
+    "checked_keywords",
+    "legacy_reduction",
+    "options_of",
+    "reject_alpha",
+    "with_own",
+]
 
 # What goes to the call; the rest describes the loss (options_of).
 CALL_KEYWORDS = ("sample_weight", "normalizer", "class_dim", "impl")
+SOFTMAX_CALL_KEYWORDS = (*CALL_KEYWORDS, "return_log_probs", "return_correct")
 
 
 def options_of(
@@ -62,7 +71,7 @@ def options_of(
 # What every class and function takes beside its own arguments; sample_weight and normalizer go to a class's forward.
 _OF_BOTH = {*inspect.signature(options_of).parameters, "class_dim", "impl"}
 _OF_CLASSES = _OF_BOTH | {"chunk_bytes", "accumulate"}
-_OF_FUNCTIONS = _OF_BOTH | set(CALL_KEYWORDS)
+_OF_FUNCTIONS = _OF_BOTH | set(SOFTMAX_CALL_KEYWORDS)
 
 
 def with_own(loss: Callable[..., Any], keywords: dict[str, Any], **own: Any) -> dict[str, Any]:
@@ -94,7 +103,7 @@ def checked_keywords(
                 reason = f"sets {name} itself" + (
                     f"; its own arguments are {', '.join(arguments)}" if arguments else ""
                 )
-            elif name in CALL_KEYWORDS:
+            elif name in (SOFTMAX_CALL_KEYWORDS if shared is _OF_CLASSES else CALL_KEYWORDS):
                 reason = f"takes {name} when it is called, beside the target"
             else:
                 known = [*arguments, *sorted(taken.difference(arguments))]

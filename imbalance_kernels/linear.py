@@ -12,9 +12,18 @@ from torch import Tensor
 
 from imbalance_kernels.modules import CrossEntropyLoss, SoftmaxLoss
 from imbalance_kernels.ops.checks import as_linear_rows, check_class_vector, check_row_tensors
-from imbalance_kernels.ops.linear import linear_split, prepare_linear
+from imbalance_kernels.ops.linear import linear_correct, linear_split, prepare_linear
 from imbalance_kernels.options import SoftmaxOptions, accumulate_dtype
-from imbalance_kernels.softmax_row import RowTargets, reduce_rows, row_losses, without_rows
+from imbalance_kernels.softmax_row import (
+    Loss,
+    LossOutput,
+    RowTargets,
+    log_probs_of,
+    reduce_rows,
+    returned,
+    row_losses,
+    without_rows,
+)
 
 __all__ = ["LinearLoss", "RadiusMarginLoss"]
 
@@ -95,14 +104,23 @@ class LinearLoss(torch.nn.Module):
         *,
         sample_weight: Tensor | None = None,
         normalizer: Tensor | float | None = None,
-    ) -> Tensor:
-        """Return the loss, see `SoftmaxLoss.linear`: input is (..., D), target (...)."""
+        return_log_probs: bool = False,
+        return_correct: bool = False,
+    ) -> Loss:
+        """Return the loss, or a LossOutput, see `SoftmaxLoss.linear`: input is (..., D), target (...)."""
         if self.cosine and not target.is_floating_point() and target.shape == input.shape[:-1]:
             ignored = target == self.loss.ignore_index  # what such rows hold does not matter, their norms neither
             input = torch.where(ignored[..., None], torch.zeros_like(input), input)
         input, weight = self._operands(input)
         return self.loss.linear(
-            input, weight, target, self.linear.bias, sample_weight=sample_weight, normalizer=normalizer
+            input,
+            weight,
+            target,
+            self.linear.bias,
+            sample_weight=sample_weight,
+            normalizer=normalizer,
+            return_log_probs=return_log_probs,
+            return_correct=return_correct,
         )
 
     def logits(self, input: Tensor) -> Tensor:
@@ -137,7 +155,7 @@ class RadiusMarginLoss(SoftmaxLoss):
     A class is a ball around its samples: a sample of class t is to be right also when it moves by r_t anywhere. Linear
     form only, since the class vectors u_j (rows of the layer's weight) take part; gradients go through their norms.
     Class indices only. Logits are made again in backward: four products. Takes memory for two more copies of the
-    weight.
+    weight. What is correct goes by ``u_j x``, without the radii, and takes one product more.
 
     Args:
         radius: r, at least 0, a number or one per class (C,).
@@ -186,7 +204,7 @@ class RadiusMarginLoss(SoftmaxLoss):
         options: SoftmaxOptions,
         sample_weight: Tensor | None,
         normalizer: Tensor | float | None,
-    ) -> Tensor:
+    ) -> Loss:
         if target.is_floating_point():
             raise ValueError("target holds class probabilities, but a margin needs class indices")
         rows = as_linear_rows(input, linear_weight, target, linear_bias)
@@ -222,7 +240,12 @@ class RadiusMarginLoss(SoftmaxLoss):
         split = split._replace(target=split.target - margin, weighted_logits=weighted)
         losses = row_losses(split, targets, options, sample_weight, num_classes)
         loss = reduce_rows(losses, targets, options, sample_weight, normalizer)
-        return loss.reshape(rows.shape) if options.reduction == "none" else loss
+        log_probs = log_probs_of(split, targets) if options.return_log_probs else None
+        correct = None
+        if options.return_correct:
+            layer = linear._replace(input=rows.logits, weight=linear_weight)
+            correct = linear_correct(layer, rows.target, options)
+        return returned(LossOutput(loss, log_probs, correct), options, rows.shape)
 
 
 def _with_column(x: Tensor, column: Tensor) -> Tensor:

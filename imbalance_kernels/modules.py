@@ -31,6 +31,7 @@ from imbalance_kernels.priors import (
     warn_if_corrected_twice,
 )
 from imbalance_kernels.priors.arguments import AnyPrior
+from imbalance_kernels.softmax_row import Loss
 
 __all__ = [
     "ArcFaceLoss",
@@ -152,17 +153,23 @@ class SoftmaxLoss(LossModule):
         *,
         sample_weight: Tensor | None = None,
         normalizer: Tensor | float | None = None,
-    ) -> Tensor:
-        """Return the loss, () or of target's shape for reduction="none".
+        return_log_probs: bool = False,
+        return_correct: bool = False,
+    ) -> Loss:
+        """Return the loss, () or of target's shape for reduction="none"; or a `LossOutput`, where it is asked for.
 
         Args:
             input: raw logits (N, C), (C,), (N, C, d1, ...), or (..., C) with class_dim=-1.
             target: class indices of input's shape without its classes; for cross-entropy also class probabilities.
             sample_weight: weights of rows, of target's shape.
             normalizer: a number or tensor () that replaces the divisor of "mean" and "sum"; 0 gives 0.
+            return_log_probs: return a `LossOutput` with the targets' log-probabilities, see
+                imbalance_kernels.functional.softmax_loss.
+            return_correct: return a `LossOutput` with whether the raw logits predict the target, see there.
         """
         counts = self._counts_with(target, sample_weight, self.class_dim)
-        loss = self._of_logits(input, target, self._options(input, counts), sample_weight, normalizer)
+        options = self._options(input, counts).reporting(return_log_probs, return_correct)
+        loss = self._of_logits(input, target, options, sample_weight, normalizer)
         self._keep(counts)
         return loss
 
@@ -175,7 +182,9 @@ class SoftmaxLoss(LossModule):
         *,
         sample_weight: Tensor | None = None,
         normalizer: Tensor | float | None = None,
-    ) -> Tensor:
+        return_log_probs: bool = False,
+        return_correct: bool = False,
+    ) -> Loss:
         """Return the loss of the logits ``input linear_weight^T + linear_bias``, which are never held.
 
         Rows go through one buffer of at most `chunk_bytes` (None: 256 MiB on a CPU, 1 GiB on a GPU, and at least 128
@@ -192,9 +201,12 @@ class SoftmaxLoss(LossModule):
             linear_bias: (C,).
             sample_weight: weights of rows, of target's shape.
             normalizer: a number or tensor () that replaces the divisor of "mean" and "sum"; 0 gives 0.
+            return_log_probs: as in forward, from each chunk's logits as they pass.
+            return_correct: the same.
 
         Returns:
-            The loss, () or of target's shape for reduction="none"; float32 for half-precision input.
+            The loss, () or of target's shape for reduction="none"; float32 for half-precision input. With
+            `return_log_probs` or `return_correct` a `LossOutput`.
 
         Raises:
             ValueError, TypeError, IndexError: as in forward.
@@ -207,7 +219,7 @@ class SoftmaxLoss(LossModule):
             >>> loss.backward()
         """
         counts = self._counts_with(target, sample_weight, -1)
-        options = self._options(input, counts)
+        options = self._options(input, counts).reporting(return_log_probs, return_correct)
         loss = self._of_linear(input, linear_weight, target, linear_bias, options, sample_weight, normalizer)
         self._keep(counts)
         return loss
@@ -219,7 +231,7 @@ class SoftmaxLoss(LossModule):
         options: SoftmaxOptions,
         sample_weight: Tensor | None,
         normalizer: Tensor | float | None,
-    ) -> Tensor:
+    ) -> Loss:
         return softmax_loss(
             input,
             target,
@@ -239,7 +251,7 @@ class SoftmaxLoss(LossModule):
         options: SoftmaxOptions,
         sample_weight: Tensor | None,
         normalizer: Tensor | float | None,
-    ) -> Tensor:
+    ) -> Loss:
         return linear_loss(
             input,
             linear_weight,
@@ -446,7 +458,7 @@ class SoftTruncationLoss(SoftmaxLoss):
         options: SoftmaxOptions,
         sample_weight: Tensor | None,
         normalizer: Tensor | float | None,
-    ) -> Tensor:
+    ) -> Loss:
         if self.form == "log_odds":
             return super()._of_logits(input, target, options, sample_weight, normalizer)
         return two_temperature_loss(
@@ -469,7 +481,7 @@ class SoftTruncationLoss(SoftmaxLoss):
         options: SoftmaxOptions,
         sample_weight: Tensor | None,
         normalizer: Tensor | float | None,
-    ) -> Tensor:
+    ) -> Loss:
         if self.form == "log_odds":
             return super()._of_linear(input, linear_weight, target, linear_bias, options, sample_weight, normalizer)
         return linear_two_temperature_loss(

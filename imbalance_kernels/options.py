@@ -32,6 +32,19 @@ class SoftmaxOptions:
     ignore_index: int = -100
     reduction: str = "mean"
     inplace: bool = False
+    return_log_probs: bool = False
+    return_correct: bool = False
+
+    @property
+    def reports(self) -> bool:
+        """Whether more of the rows is asked for than their loss."""
+        return self.return_log_probs or self.return_correct
+
+    def reporting(self, return_log_probs: bool, return_correct: bool) -> SoftmaxOptions:
+        """Return the options of a call that asks for these."""
+        if not (return_log_probs or return_correct):
+            return self
+        return replace(self, return_log_probs=return_log_probs, return_correct=return_correct)
 
     def class_vectors(self) -> list[Tensor]:
         """Return the class vectors that are there: what a backward saves, so that a change in between raises."""

@@ -16,7 +16,16 @@ from torch import Tensor
 from imbalance_kernels.binary_objectives import Sides, side_slopes, side_values
 from imbalance_kernels.differentiation import declared, once_differentiable
 from imbalance_kernels.options import MultilabelOptions, SigmoidOptions, SoftmaxOptions, accumulate_dtype
-from imbalance_kernels.softmax_row import RowSplit, RowTargets, reduce_rows, row_losses
+from imbalance_kernels.softmax_row import (
+    LossOutput,
+    RowSplit,
+    RowTargets,
+    highest_targets,
+    log_probs_of,
+    reduce_rows,
+    row_losses,
+    without_rows,
+)
 
 __all__ = ["column_sums", "dense_labels", "multilabel_softmax", "sigmoid_loss", "softmax_loss", "target_and_rest"]
 
@@ -71,8 +80,11 @@ def softmax_loss(
     options: SoftmaxOptions,
     sample_weight: Tensor | None = None,  # (N,)
     normalizer: Tensor | None = None,  # ()
-) -> Tensor:
-    """Return the reduced loss of `options`; see imbalance_kernels.functional.softmax_loss."""
+) -> LossOutput:
+    """Return the reduced loss of `options`, and (N,) what they ask for; see imbalance_kernels.functional.softmax_loss.
+
+    Of rows that do not count, ignored ones or all with a normalizer of 0, the log-probability is 0 and none is correct.
+    """
     num_classes = logits.shape[1]
     if logits.dim() == 3:
         logits = logits.movedim(1, 2).reshape(-1, num_classes)
@@ -80,7 +92,13 @@ def softmax_loss(
     targets = None if target.is_floating_point() else RowTargets.of(target, num_classes, options.ignore_index)
     split = target_and_rest(logits, target, options)
     losses = row_losses(split, targets, options, sample_weight, num_classes)
-    return reduce_rows(losses, targets, options, sample_weight, normalizer)
+    loss = reduce_rows(losses, targets, options, sample_weight, normalizer)
+    if not options.reports:
+        return LossOutput(loss)
+    counted = RowTargets.of(without_rows(target, options, normalizer), num_classes, options.ignore_index)
+    log_probs = log_probs_of(split, counted)
+    correct = highest_targets(logits, counted) & ~log_probs.isnan() if options.return_correct else None
+    return LossOutput(loss, log_probs, correct)
 
 
 def sigmoid_loss(

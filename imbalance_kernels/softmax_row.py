@@ -6,7 +6,7 @@ N-vectors of the kernels' `target_and_rest`. Autograd differentiates it; nothing
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,37 @@ from torch import Tensor
 from imbalance_kernels.objectives import evaluate
 from imbalance_kernels.options import SoftmaxOptions
 
-__all__ = ["RowSplit", "RowTargets", "reduce_rows", "row_losses", "row_weights", "without_rows"]
+__all__ = [
+    "Loss",
+    "LossOutput",
+    "RowSplit",
+    "RowTargets",
+    "highest_targets",
+    "log_probs_of",
+    "reduce_rows",
+    "returned",
+    "row_losses",
+    "row_weights",
+    "without_rows",
+]
+
+# A Tensor, or a LossOutput where the call asks for more: a union of the two would ask every caller which it is.
+Loss = Any
+
+
+class LossOutput(NamedTuple):
+    """What a softmax-family loss returns with ``return_log_probs=True`` or ``return_correct=True``.
+
+    Example:
+        >>> from imbalance_kernels.functional import cross_entropy
+        >>> output = cross_entropy(torch.zeros(2, 4), torch.tensor([1, -100]), return_log_probs=True)
+        >>> output.log_probs, output.correct
+        (tensor([-1.3863,  0.0000]), None)
+    """
+
+    loss: Tensor  # what the call returns without these flags
+    log_probs: Tensor | None = None  # of target's shape: log p_t, detached
+    correct: Tensor | None = None  # of target's shape, bool: no logit is above the target's
 
 
 class RowSplit(NamedTuple):
@@ -57,6 +87,42 @@ def without_rows(target: Tensor, options: SoftmaxOptions, normalizer: Tensor | N
     if normalizer is None:
         return target
     return torch.where(normalizer == 0, torch.full_like(target, options.ignore_index), target)
+
+
+def log_probs_of(split: RowSplit, targets: RowTargets) -> Tensor:
+    """Return log p_t of each row (N,), a constant: 0 where ignored, -inf where the target is masked."""
+    log_probs = torch.nn.functional.logsigmoid(split.log_odds.detach())
+    return torch.where(targets.ignored, torch.zeros_like(log_probs), log_probs)
+
+
+def highest_targets(
+    logits: Tensor,  # (N, C), or (B, C, P) where N is B * P
+    targets: RowTargets,
+) -> Tensor:
+    """Return whether no raw logit is above the target's (N,); False where the target is no class.
+
+    Such a row is correct if its log-probability is a number too. With ties the target is the highest, whichever index
+    torch.argmax would return.
+    """
+    logits = logits.detach()
+    if logits.shape[1] == 0:
+        return torch.zeros_like(targets.valid)
+    highest = logits.amax(dim=1, keepdim=True)  # (N, 1) or (B, 1, P)
+    of_target = logits.gather(1, targets.indices.view_as(highest))
+    return (of_target >= highest).flatten() & targets.valid
+
+
+def returned(output: LossOutput, options: SoftmaxOptions, shape: torch.Size) -> Loss:
+    """Return what the call asked for of an output, rows (N,) in the target's shape."""
+    loss = output.loss.reshape(shape) if options.reduction == "none" else output.loss
+    if not options.reports:
+        return loss
+    log_probs, correct = output.log_probs, output.correct
+    return LossOutput(
+        loss,
+        log_probs.reshape(shape) if options.return_log_probs and log_probs is not None else None,
+        correct.reshape(shape) if options.return_correct and correct is not None else None,
+    )
 
 
 def row_losses(

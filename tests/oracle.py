@@ -103,6 +103,25 @@ def loss(
     return rows.sum() / (total if normalizer is None else normalizer)
 
 
+def log_probs(
+    logits: Tensor,  # (N, C)
+    target: Tensor,  # (N,)
+    ignore_index: int = -100,
+    **logit_map,
+) -> Tensor:
+    """log p_t of each row (N,) in float64; 0 for an ignored one."""
+    keep = target != ignore_index
+    z = effective_logits(logits.double()[keep], target[keep].long(), **logit_map)
+    found = torch.log_softmax(z, dim=1).gather(1, target[keep].long()[:, None]).squeeze(1)
+    return torch.zeros(target.shape, dtype=torch.float64).masked_scatter(keep, found)
+
+
+def correct(logits: Tensor, target: Tensor, ignore_index: int = -100) -> Tensor:
+    """Whether no entry of a row of raw logits (N, C) is above its target's (N,); False for an ignored row."""
+    rows = zip(logits.double().tolist(), target.tolist(), strict=True)
+    return torch.tensor([t != ignore_index and not any(x > row[t] for x in row) for row, t in rows], dtype=torch.bool)
+
+
 def loss_and_gradient(logits: Tensor, upstream: Tensor | float, function=loss, **options) -> tuple[Tensor, Tensor]:
     """(loss, gradient of (loss * upstream).sum() in the logits), both float64."""
     x = logits.detach().double().requires_grad_(True)

@@ -1043,7 +1043,7 @@ def split_call(options: SoftmaxOptions, dtype: torch.dtype, target: str, num_row
 
 
 def loss_call(options: SoftmaxOptions, dtype: torch.dtype, target: str, num_rows: int) -> tuple[Any, ...]:
-    """Return the arguments of softmax_loss but the last, with_gradient."""
+    """Return the arguments of softmax_loss but the last: with_gradient, with_log_probs, with_correct."""
     weights = randn(num_rows, seed=5, dtype=_accumulate(dtype)).abs()
     objective = objective_arguments(options.to(torch.device("cpu"), _accumulate(dtype)).objective)
     rows = (weights, None) if options.z_loss else (None, torch.tensor(3.0, dtype=_accumulate(dtype)))
@@ -1054,7 +1054,7 @@ def loss_call(options: SoftmaxOptions, dtype: torch.dtype, target: str, num_rows
 def upstream_call(options: SoftmaxOptions, dtype: torch.dtype, target: str, num_rows: int) -> tuple[Any, ...]:
     """Return the arguments of softmax_loss_backward."""
     arguments = loss_call(options, dtype, target, num_rows)
-    loss, _ = OPS["cpu"].softmax_loss(*arguments, False)
+    loss, *_ = OPS["cpu"].softmax_loss(*arguments, False, False, False)
     return (*arguments, randn(*loss.shape, seed=6, dtype=loss.dtype))
 
 
@@ -1070,12 +1070,23 @@ def _accumulate(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def reports(options: SoftmaxOptions, dtype: torch.dtype, target: str, num_rows: int) -> tuple[bool, bool]:
+    """Return with_log_probs and with_correct, which want class indices."""
+    return (target == "indices",) * 2
+
+
+def summed_call(*case: Any) -> tuple[Any, ...]:
+    """Return the arguments of softmax_loss_ but the last two: it knows no upstream gradient of "none"."""
+    return tuple("sum" if isinstance(value, str) and value == "none" else value for value in loss_call(*case))
+
+
 OP_CALLS = {
-    "softmax_loss": lambda *case: (*loss_call(*case), True),
-    "softmax_loss without gradient": lambda *case: (*loss_call(*case), False),
-    "softmax_loss_": lambda *case: tuple(
-        "sum" if isinstance(value, str) and value == "none" else value for value in loss_call(*case)
-    ),
+    "softmax_loss": lambda *case: (*loss_call(*case), True, False, False),
+    "softmax_loss without gradient": lambda *case: (*loss_call(*case), False, *reports(*case)),
+    "softmax_loss with log_probs": lambda *case: (*loss_call(*case), True, reports(*case)[0], False),
+    "softmax_loss with correct": lambda *case: (*loss_call(*case), True, False, reports(*case)[1]),
+    "softmax_loss_": lambda *case: (*summed_call(*case), False, False),
+    "softmax_loss_ with all": lambda *case: (*summed_call(*case), *reports(*case)),
     "softmax_loss_backward": upstream_call,
     "softmax_loss_backward_": upstream_call,
     "target_and_rest": split_call,
@@ -1108,7 +1119,7 @@ def test_opcheck_scale_(factor, dtype, impl):
 
 def test_opcheck_an_angle():
     arguments = loss_call(OPTIONS["angle"], torch.float32, "indices", 5)
-    torch.library.opcheck(OPS["cpu"].softmax_loss.default, (*arguments, True))
+    torch.library.opcheck(OPS["cpu"].softmax_loss.default, (*arguments, True, True, True))
 
 
 def test_every_operation_is_checked():

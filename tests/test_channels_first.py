@@ -297,7 +297,7 @@ def test_compile(impl, reduction):
 def operation(impl, logits, target, options, normalizer=None):
     """The loss and the gradient of channels-first logits (B, C, P), as the operation has them."""
     arguments = loss_arguments(target, options, None, normalizer)
-    return kernels(impl).softmax_loss(logits, *arguments, True)
+    return kernels(impl).softmax_loss(logits, *arguments, True, False, False)[:2]
 
 
 @pytest.mark.parametrize("shape", [(7, C, 1), (2, 1, 9), (0, C, 5), (3, C, 0), (1, 1, 1)], ids=str)
@@ -344,6 +344,8 @@ def test_opcheck(impl, name, reduction):
     arguments = (torch.randn(2, C, 6), *loss_arguments(torch.randint(C, (12,)), options, torch.rand(12), None))
     if name == "softmax_loss":
         arguments = (*arguments, True)
+    if "backward" not in name:
+        arguments = (*arguments, True, True)  # with_log_probs, with_correct
     if "backward" in name:
         arguments = (*arguments, torch.randn((12,) if reduction == "none" else ()))
     torch.library.opcheck(getattr(kernels(impl), name).default, arguments)

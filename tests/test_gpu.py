@@ -17,6 +17,7 @@ from pathlib import Path
 import oracle
 import pytest
 import test_behaviour
+import test_log_probs as reports_table
 import test_sigmoid_loss as sigmoid_table
 import test_softmax_loss as table
 import test_triton
@@ -76,6 +77,22 @@ def test_option(option, dtype, shape, impl):
     for name, reduction in (("cross_entropy", "mean"), ("focal", "none"), ("focal", "mean")):
         exact = {"objective": name, "parameters": REGISTRY[name]().parameters(), **options}
         check(logits, target, impl, reduction, {"objective": REGISTRY[name](), **options}, exact, shape=shape)
+
+
+@each_impl
+@pytest.mark.parametrize("shape", [*table.OF_OPTIONS, (4, 1000), (3, 32000), (2, 128256)], ids=str)
+@each_dtype
+def test_log_probs_and_correct(dtype, shape, impl):
+    logits, target = reports_table.mixed_case(shape, dtype)
+    images, targets = (moved(table.as_images(x, shape)) for x in (logits, target))
+    prior = torch.softmax(torch.randn(shape[1]), 0)
+    for options in ({}, {"prior": prior, "scale": 1.3, "softcap": 6.0}):
+        loss = ik.SoftmaxLoss(**options, impl=impl, inplace=True).to(DEVICE)
+        right = oracle.log_probs(logits, target, **options)
+        for requires_grad in (False, True):  # in place too
+            found = loss(images.clone().requires_grad_(requires_grad) * 1, targets, **reports_table.FLAGS)
+            reports_table.assert_log_probs(found.log_probs.cpu().flatten(), right, dtype)
+            assert torch.equal(found.correct.cpu().flatten(), oracle.correct(logits, target))
 
 
 def check_sigmoid(logits, target, impl, reduction, ours, exact):
@@ -333,7 +350,8 @@ def test_in_a_graph(num_classes, reduction, impl):
     upstream = torch.ones((40,) if reduction == "none" else (), device=DEVICE)
 
     def step():
-        return torch.autograd.grad(loss(x, target), x, upstream)[0]
+        output = loss(x, target, return_log_probs=True, return_correct=True)
+        return torch.autograd.grad(output.loss, x, upstream)[0], output.log_probs, output.correct
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -349,7 +367,7 @@ def test_in_a_graph(num_classes, reduction, impl):
             target.random_(num_classes)
             upstream.uniform_()
         graph.replay()
-        assert torch.equal(found, step())
+        assert all(torch.equal(ours, right) for ours, right in zip(found, step(), strict=True))
 
 
 # In a process of its own: each case is the first use of its kernels, by which they are loaded and told of their shared

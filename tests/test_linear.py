@@ -835,7 +835,7 @@ def op_arguments(op: str, impl: str, dtype: torch.dtype, probabilities: bool, nu
     rows = [randn(num_rows, seed=seed, dtype=total) for seed in range(5)]
     split, loss = (target, *split_arguments(options)), loss_arguments(target, options, rows[0].abs(), None)
     return {
-        "linear_loss": (input, weight, bias, *loss, *plan, *wants),
+        "linear_loss": (input, weight, bias, *loss, *(not probabilities,) * 2, *plan, *wants),
         "linear_loss_backward": (input, weight, bias, *loss._replace(reduction="none"), rows[1], *plan, *wants),
         "linear_split": (input, weight, bias, *split, *plan),
         "linear_split_backward": (input, weight, bias, *split, *rows, *plan, *wants),

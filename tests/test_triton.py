@@ -381,8 +381,8 @@ def test_offsets_beyond_32_bits(num_classes, monkeypatch):
     storage = torch.empty(2 * stride + num_classes, dtype=torch.bfloat16)
     far = storage.as_strided((3, num_classes), (stride, 1)).copy_(torch.randn(3, num_classes))
     near, target = far.contiguous(), torch.tensor([0, 7, num_classes - 1])
-    loss = kernels.softmax_loss_(far, target, *arguments())
-    assert torch.equal(loss, kernels.softmax_loss_(near, target, *arguments()))
+    loss, *_ = kernels.softmax_loss_(far, target, *arguments(), False, False)
+    assert torch.equal(loss, kernels.softmax_loss_(near, target, *arguments(), False, False)[0])
     assert torch.equal(far, near)
 
 
@@ -435,7 +435,7 @@ def test_rows_without_a_class_are_not_read(num_classes, monkeypatch):
     logits = torch.randn(5, num_classes)
     target = torch.tensor([3, -100, num_classes, -1, 2**40])
     reads = Reads(monkeypatch)
-    loss, gradient = kernels.softmax_loss(logits, target, *arguments(reduction="mean"), True)
+    loss, gradient, *_ = kernels.softmax_loss(logits, target, *arguments(reduction="mean"), True, False, False)
     assert reads.rows(logits) == [0]
     assert math.isnan(loss) and gradient[2:].isnan().all() and (gradient[1] == 0).all()
     assert torch.isfinite(gradient[0]).all()
@@ -448,11 +448,17 @@ def check_targets_outside(num_classes, smoothing, device="cpu", impl="triton"):
     logits = torch.randn(6, num_classes).to(device)
     target = torch.tensor([3, num_classes, 7, -1, -100, 0]).to(device)
     good = [0, 2, 4, 5]
-    losses, _ = operations.softmax_loss(logits, target, *arguments(options, reduction="none"), False)
-    alone, _ = operations.softmax_loss(logits[good], target[good], *arguments(options, reduction="none"), False)
+    asked, not_asked = (True, True), (False, False)  # for log_probs and correct
+    none, mean = (arguments(options, reduction=reduction) for reduction in ("none", "mean"))
+    losses, _, *of_rows = operations.softmax_loss(logits, target, *none, False, *asked)
+    alone, _, *of_good_rows = operations.softmax_loss(logits[good], target[good], *none, False, *asked)
     assert torch.equal(losses[good], alone) and losses[[1, 3]].isnan().all()
-    mean, gradient = operations.softmax_loss(logits, target, *arguments(options, reduction="mean"), True)
-    _, of_good = operations.softmax_loss(logits[good], target[good], *arguments(options, reduction="mean"), True)
+    assert all(torch.equal(vector[good], right) for vector, right in zip(of_rows, of_good_rows, strict=True))
+    assert of_rows[0][[1, 3]].isnan().all() and not of_rows[1][[1, 3]].any()
+    mean, gradient, *_ = operations.softmax_loss(logits, target, *mean, True, *not_asked)
+    _, of_good, *_ = operations.softmax_loss(
+        logits[good], target[good], *arguments(options, reduction="mean"), True, *not_asked
+    )
     assert mean.isnan() and torch.equal(gradient[good], of_good) and gradient[[1, 3]].isnan().all()
     split = operations.target_and_rest(logits, target, *split_arguments(options))
     assert all(vector[[1, 3]].isnan().all() for vector in split if vector.numel())
@@ -481,29 +487,31 @@ def test_an_upstream_gradient_of_one_costs_one_number(monkeypatch):
 def test_a_normalizer_of_zero_reads_no_row(num_classes, monkeypatch):
     logits, target = torch.full((4, num_classes), math.nan), torch.arange(4)
     reads = Reads(monkeypatch)
-    loss, gradient = kernels.softmax_loss(logits, target, *arguments(normalizer=torch.zeros(())), True)
+    none = arguments(normalizer=torch.zeros(()))
+    loss, gradient, *_ = kernels.softmax_loss(logits, target, *none, True, False, False)
     assert reads.rows(logits) == [] and loss == 0 and (gradient == 0).all()
-    kernels.softmax_loss(logits, target, *arguments(normalizer=torch.ones(())), True)
+    kernels.softmax_loss(logits, target, *arguments(normalizer=torch.ones(())), True, False, False)
     assert reads.rows(logits) == [0, 1, 2, 3]
 
 
 def test_operations_called_directly_check_what_they_get():
     x, target = torch.randn(6, 5), torch.arange(5) % 5
-    good = arguments()
+    good, nothing = arguments(), (False, False, False)
     with pytest.raises(ValueError, match="must be .N, C. rows"):
-        kernels.softmax_loss(x.t(), torch.zeros(5, dtype=torch.long), *good, False)
+        kernels.softmax_loss(x.t(), torch.zeros(5, dtype=torch.long), *good, *nothing)
     with pytest.raises(ValueError, match="target must be of shape .6,."):
-        kernels.softmax_loss(x, target, *good, False)
+        kernels.softmax_loss(x, target, *good, *nothing)
     with pytest.raises(ValueError, match="upstream gradient of 'none'"):
-        kernels.softmax_loss_(x, torch.zeros(6, dtype=torch.long), *arguments(reduction="none"))
+        kernels.softmax_loss_(x, torch.zeros(6, dtype=torch.long), *arguments(reduction="none"), False, False)
     with pytest.raises(ValueError, match="sample_weight must be .6,."):
-        kernels.softmax_loss(x, torch.zeros(6, dtype=torch.long), *arguments(sample_weight=torch.ones(5)), False)
+        kernels.softmax_loss(x, torch.zeros(6, dtype=torch.long), *arguments(sample_weight=torch.ones(5)), *nothing)
     with pytest.raises(TypeError, match="sample_weight has dtype"):
-        kernels.softmax_loss(x, torch.zeros(6, dtype=torch.long), *arguments(sample_weight=torch.ones(6).half()), False)
+        half = arguments(sample_weight=torch.ones(6).half())
+        kernels.softmax_loss(x, torch.zeros(6, dtype=torch.long), *half, *nothing)
     with pytest.raises(ValueError, match="'mine', which the kernels do not know"):
-        kernels.softmax_loss(x, torch.zeros(6, dtype=torch.long), *good[:10], "mine", *good[11:], False)
+        kernels.softmax_loss(x, torch.zeros(6, dtype=torch.long), *good[:10], "mine", *good[11:], *nothing)
     with pytest.raises(ValueError, match="reduction is 'average'"):
-        kernels.softmax_loss(x, torch.zeros(6, dtype=torch.long), *arguments(reduction="average"), False)
+        kernels.softmax_loss(x, torch.zeros(6, dtype=torch.long), *arguments(reduction="average"), *nothing)
     with pytest.raises(ValueError, match="upstream must be .6,."):
         none = arguments(reduction="none")
         kernels.softmax_loss_backward(x, torch.zeros(6, dtype=torch.long), *none, torch.ones(5))

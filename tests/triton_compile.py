@@ -175,10 +175,11 @@ def call(driver: _Driver, **case) -> None:
     )
     upstream = vector(num_rows if reduction == "none" else ())
     rows = vector(num_rows)
+    reports = (bool(case.get("log_probs")) and not probabilities, False)
     calls = {
-        "loss": lambda: softmax_loss.softmax_loss(logits, target, *split, *loss, False),
-        "loss and gradient": lambda: softmax_loss.softmax_loss(logits, target, *split, *loss, True),
-        "in place": lambda: softmax_loss.softmax_loss_(logits, target, *split, *loss),
+        "loss": lambda: softmax_loss.softmax_loss(logits, target, *split, *loss, False, *reports),
+        "loss and gradient": lambda: softmax_loss.softmax_loss(logits, target, *split, *loss, True, *reports),
+        "in place": lambda: softmax_loss.softmax_loss_(logits, target, *split, *loss, *reports),
         "gradient": lambda: softmax_loss.softmax_loss_backward(logits, target, *split, *loss, upstream),
         "split": lambda: target_and_rest.target_and_rest(logits, target, *split),
         "split backward": lambda: target_and_rest.target_and_rest_backward(
@@ -332,6 +333,7 @@ FACTORS = {
     "gamma": ["number", "per class"],
     "z_loss": [False, True],
     "sample_weight": [False, True],
+    "log_probs": [False, True],
 }
 
 

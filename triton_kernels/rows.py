@@ -22,7 +22,7 @@ from imbalance_kernels.triton_kernels.logit_map import (
     target_logit,
 )
 from imbalance_kernels.triton_kernels.math import exp_quick
-from imbalance_kernels.triton_kernels.softmax_row import RowGradient, RowSplit, row_program
+from imbalance_kernels.triton_kernels.softmax_row import RowGradient, RowSplit, log_probability, row_program
 
 __all__ = [
     "SIZES",
@@ -83,6 +83,7 @@ class Reduction(NamedTuple):
     upstream_step: Any  # compile-time: 1 or 0
     normalizer: Any  # (): given; where it is 0, so is everything
     divisor: Any  # (): of the mean
+    log_probs: Any = None  # (N,) of the targets, to be written
 
 
 class Rows(NamedTuple):
@@ -333,7 +334,7 @@ def losses_and_gradients(split, target, rows, place, reduction, objective: tl.co
     """Return losses and RowGradient: ignored rows 0, outside ones NaN.
 
     Gradients are weighted and divided, losses weighted alone. The target's gradient is that of its raw logit; rest and
-    weights have yet to be spread.
+    weights have yet to be spread. Log-probabilities are stored where they are asked for.
     """
     parameter = 0.0
     if rows.options.class_parameter is not None:
@@ -354,6 +355,9 @@ def losses_and_gradients(split, target, rows, place, reduction, objective: tl.co
     elif reduction.divisor is not None:
         factor = factor * (1.0 / tl.load(reduction.divisor))
     uncounted = tl.where(place.outside, float("nan"), 0.0)
+    if reduction.log_probs is not None:
+        log_probs = tl.where(place.is_read, log_probability(split), uncounted)
+        tl.store(reduction.log_probs + place.rows, log_probs, mask=place.exists)
     return tl.where(place.is_read, loss, uncounted), RowGradient(
         tl.where(place.is_read, d_target * factor, uncounted),
         tl.where(place.is_read, gradient.rest * factor, uncounted),

@@ -18,11 +18,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from imbalance_kernels.options import accumulate_dtype
+from imbalance_kernels.softmax_row import RowTargets, highest_targets
 from imbalance_kernels.triton_kernels.launch import (
     Constants,
     SplitArguments,
@@ -244,19 +246,20 @@ class LossArguments(NamedTuple):
     z_loss: float
 
 
-def softmax_loss(logits: Tensor, target: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """Return the loss and, where the last argument `with_gradient` asks for it, the gradient; else (0,)."""
-    *arguments, with_gradient = arguments
+def softmax_loss(logits: Tensor, target: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """Return the loss and, where the last arguments ask for them, gradient, log_probs and correct; else (0,)."""
+    *arguments, with_gradient, with_log_probs, with_correct = arguments
     d_logits = logits.new_empty(logits.shape) if with_gradient else None
-    loss = _launch(logits, d_logits, target, arguments)
-    return loss, logits.new_empty((0,)) if d_logits is None else d_logits
+    loss, *of_rows = _launch_reporting(logits, d_logits, target, arguments, with_log_probs, with_correct)
+    return loss, logits.new_empty((0,)) if d_logits is None else d_logits, *of_rows
 
 
-def softmax_loss_(logits: Tensor, target: Tensor, *arguments: Any) -> Tensor:
-    """Return the loss; the gradient takes the logits' memory."""
+def softmax_loss_(logits: Tensor, target: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """Return the loss, and log_probs and correct as above; the gradient takes the logits' memory."""
+    *arguments, with_log_probs, with_correct = arguments
     if _arguments(arguments)[1].reduction == "none":
         raise ValueError("softmax_loss_ needs the upstream gradient of 'none': softmax_loss_backward_")
-    return _launch(logits, logits, target, arguments)
+    return _launch_reporting(logits, logits, target, arguments, with_log_probs, with_correct)
 
 
 def softmax_loss_backward(logits: Tensor, target: Tensor, *arguments: Any) -> Tensor:
@@ -287,19 +290,48 @@ def scale_(gradient: Tensor, factor: Tensor) -> None:
         _scale[(programs,)](gradient, factor, num_rows, width_in_units, stride, UNIT=unit, BLOCK=SMALL_BLOCK)
 
 
+def _launch_reporting(
+    logits: Tensor,  # (N, C), or (B, C, P) where N is B * P
+    d_logits: Tensor | None,  # in the logits' shape
+    target: Tensor,  # (N,), or in the logits' shape
+    arguments: Sequence[Any],  # SplitArguments, LossArguments
+    with_log_probs: bool,
+    with_correct: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss, log_probs and correct; the latter takes one more read of the logits, before the gradient."""
+    log_probs = logits.new_empty((0,), dtype=accumulate_dtype(logits.dtype))
+    correct = logits.new_empty((0,), dtype=torch.bool)
+    if not (with_log_probs or with_correct):
+        return _launch(logits, d_logits, target, arguments), log_probs, correct
+    if target.is_floating_point():
+        raise ValueError("log_probs and correct need class indices")
+    found = log_probs.new_empty(target.shape)
+    if with_correct:  # before the gradient takes the logits' place
+        split, call = _arguments(arguments)
+        correct = highest_targets(logits, RowTargets.of(target, logits.shape[1], split.ignore_index))
+        if call.normalizer is not None:
+            correct = correct & (call.normalizer != 0)
+    loss = _launch(logits, d_logits, target, arguments, log_probs=found)
+    return loss, found if with_log_probs else log_probs, correct & ~found.isnan() if with_correct else correct
+
+
 def _launch(
     logits: Tensor,  # (N, C), or (B, C, P) where N is B * P
     d_logits: Tensor | None,  # in the logits' shape
     target: Tensor,  # (N,), or in the logits' shape
     arguments: Sequence[Any],  # SplitArguments, LossArguments
     upstream: Tensor | None = None,  # () or (N,)
+    log_probs: Tensor | None = None,  # (N,)
 ) -> Tensor | None:
-    """Return the loss, () or (N,), and write the gradient to d_logits; with an upstream gradient the latter alone."""
+    """Return the loss, () or (N,), and write the gradient to d_logits; with an upstream gradient the latter alone.
+
+    Log-probabilities are written where there is room for them.
+    """
     split, loss = _arguments(arguments)
     num_rows, summed = num_rows_of(logits), loss.reduction != "none"
     with on(logits):
         constants = constants_of(logits, target, split, planes=True)
-        reduction = _reduction(logits, constants, split, loss, upstream)
+        reduction = _reduction(logits, constants, split, loss, upstream)._replace(log_probs=log_probs)
         losses = None
         if upstream is None:
             count = _partial_sums(logits) if summed else num_rows

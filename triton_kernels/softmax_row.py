@@ -13,7 +13,7 @@ import triton.language as tl
 
 from imbalance_kernels.triton_kernels.objectives import truth_of
 
-__all__ = ["RowGradient", "RowOptions", "RowSplit", "log_rest", "row_program"]
+__all__ = ["RowGradient", "RowOptions", "RowSplit", "log_probability", "log_rest", "row_program"]
 
 
 class RowSplit(NamedTuple):
@@ -49,6 +49,12 @@ class RowGradient(NamedTuple):
 def log_rest(total):
     """Return log of the rest's sum; -inf where there is no rest."""
     return tl.where(total == 0, -float("inf"), tl.log(tl.where(total == 0, 1.0, total)))
+
+
+@triton.jit
+def log_probability(row):
+    """Return log p_t of rows."""
+    return truth_of(row.target - log_rest(row.total)).log_p
 
 
 @triton.jit

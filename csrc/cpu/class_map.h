@@ -36,6 +36,8 @@ class ClassMap {
   IMBALANCE_INLINE bool has_target() const { return arguments.target != nullptr; }
   IMBALANCE_INLINE bool has_weights() const { return !has_target() || arguments.label_smoothing > 0; }
   IMBALANCE_INLINE bool bends() const { return target_map_.softcap > 0 || target_map_.kind == MarginKind::circle; }
+  // Whether effective logits of the rest are the raw ones.
+  IMBALANCE_INLINE bool maps_nothing() const { return !bends() && !factor_ && !bias_ && scale_ == 1; }
   IMBALANCE_INLINE T class_weight(int64_t row) const {
     return has_target() && class_weight_ ? class_weight_[arguments.target[row]] : T(1);
   }

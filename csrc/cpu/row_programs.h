@@ -37,6 +37,31 @@ IMBALANCE_INLINE void run_row_programs(Tile<T, Rows>& tile, int64_t n, const Row
   });
 }
 
+// The log-probabilities of the targets of n rows of a tile, after the row programs, which do not ask for them. They
+// take the place of the targets' logits: more columns would lie otherwise in the cache, also where nobody asks.
+template <int Bytes, class T, int64_t Rows>
+IMBALANCE_INLINE const T* log_probs_of(Tile<T, Rows>& tile, int64_t n) {
+  outline<false>([&]() IMBALANCE_LAMBDA {
+    using L = Lanes<T, Bytes>;
+    for (int64_t i = 0; i < n; i += L::count) {
+      const L rest = Math<L>::log(L::load(tile.sum + i));
+      log_probability(L::load(tile.target + i), rest).store(tile.target + i);
+    }
+  });
+  return tile.target;
+}
+
+// Whether a loss tells more of its rows than what they cost.
+inline bool reports(const LossArguments& arguments) { return arguments.log_probs || arguments.correct; }
+
+// Stores what a row tells. A row whose log-probability is NaN is not correct.
+template <class T>
+IMBALANCE_INLINE void store_report(const LossArguments& arguments, int64_t row, bool ignored, T log_prob,
+                                   bool target_is_highest) {
+  if (arguments.log_probs) static_cast<T*>(arguments.log_probs)[row] = ignored ? T(0) : log_prob;
+  if (arguments.correct) arguments.correct[row] = !ignored && target_is_highest && log_prob == log_prob;
+}
+
 template <class T>
 IMBALANCE_INLINE RowOptions<T> row_options_of(const LossArguments& arguments) {
   const SplitArguments& split = arguments.split;

@@ -19,6 +19,8 @@ struct LossArguments {
   const void* upstream;         // (N,) factor of the gradient, or null
   double z_loss;
   void* losses;                  // (N,) float or double, not divided
+  void* log_probs;               // (N,) as the losses: of the targets, 0 where ignored; null: not asked for
+  bool* correct;                 // (N,) whether no raw logit is above the target's; null: not asked for
   void* d_logits;                // in the logits' shape, may be the logits themselves; null for the losses alone
   std::int64_t gradient_stride;  // of rows; of images where logits are channels-first
   std::int64_t gradient_class_stride;

@@ -99,8 +99,9 @@ class Rows : public ClassMap<S, Bytes> {
     return static_cast<const S*>(arguments.logits) + row * arguments.row_stride;
   }
   // Sweeps a row. Its exponentials, each relative to its block's shift, go to `exponentials` (null: nowhere), which has
-  // room for whole packs unless it is `exact`; `shifts` gets one number per block.
-  IMBALANCE_INLINE SweptRow<T> sweep(int64_t row, T* exponentials, bool exact, T* shifts,
+  // room for whole packs unless it is `exact`; `shifts` gets one number per block. Where there are several, the highest
+  // raw logit goes to `highest_logit` (null: nobody asks).
+  IMBALANCE_INLINE SweptRow<T> sweep(int64_t row, T* exponentials, bool exact, T* shifts, T* highest_logit,
                                      const Scratch<T>& scratch) const {
     const T infinity = std::numeric_limits<T>::infinity();
     const int64_t target = has_target() ? arguments.target[row] : -1;
@@ -113,6 +114,10 @@ class Rows : public ClassMap<S, Bytes> {
       T* z = exponentials && classes <= kBlock && !exact ? exponentials : scratch.effective;
       const int64_t excluded = target >= start && target < start + n ? target - start : -1;
       T block_highest = map_block(row, start, n, excluded, z);
+      if (!OneBlock && highest_logit) {  // while the block lies in the L1 cache, and before it may be overwritten
+        const T of_block = highest_logit_of(row, start, n);
+        *highest_logit = of_block > *highest_logit ? of_block : *highest_logit;
+      }
       if (!OneBlock && excluded >= 0) {
         const bool target_is_highest = !(z[excluded] < block_highest);
         z[excluded] = -infinity;
@@ -142,6 +147,19 @@ class Rows : public ClassMap<S, Bytes> {
       }
     }
     return swept;
+  }
+
+  // The highest raw logit of a block.
+  IMBALANCE_INLINE T highest_logit_of(int64_t row, int64_t start, int64_t n) const {
+    const S* const x = logits(row) + start;
+    return outline<false>([=]() IMBALANCE_LAMBDA {
+      Highest highest;
+      for_packs<L>(n, [&](auto whole, int64_t i, int64_t m, int a) IMBALANCE_LAMBDA {
+        const L raw = load_pack<L>(whole, x + i, m, -std::numeric_limits<T>::infinity());
+        highest.of[a] = maximum(highest.of[a], raw);
+      });
+      return highest.value();
+    });
   }
 
   // Writes a row's gradient from its exponentials. With one shift per block, `shifts` rescales them; null: they are
@@ -414,6 +432,9 @@ void loss_rows_of(const LossArguments& arguments, int64_t first_row, int64_t las
   Tile<T, kTileRows> tile;
   std::memset(&tile, 0, sizeof(tile));
   SweptRow<T> swept[kTileRows];
+  // Which targets' raw logits are the highest: of a map that changes nothing the sweep's maxima say so.
+  const bool compares = arguments.correct != nullptr, scans = compares && !rows.maps_nothing();
+  bool is_highest[kTileRows] = {};
 
   for (int64_t tile_start = first_row; tile_start < last_row; tile_start += tile_size) {
     const int64_t tile_end = tile_start + tile_size < last_row ? tile_start + tile_size : last_row;
@@ -431,7 +452,15 @@ void loss_rows_of(const LossArguments& arguments, int64_t first_row, int64_t las
       if (rows.ignored(row)) continue;
       const int64_t i = row - tile_start;
       T* exponentials = with_gradient ? exponentials_of(row) : nullptr;
-      swept[i] = rows.sweep(row, exponentials, in_gradient, scratch.shifts + i * blocks, scratch);
+      T highest_logit = -std::numeric_limits<T>::infinity(), target_logit = 0;
+      if (compares) target_logit = number_of(rows.logits(row) + arguments.split.target[row]);
+      swept[i] = rows.sweep(row, exponentials, in_gradient, scratch.shifts + i * blocks,
+                            scans && !OneBlock ? &highest_logit : nullptr, scratch);
+      if (compares) {
+        if (scans && OneBlock) highest_logit = rows.highest_logit_of(row, 0, classes);
+        if (!scans && swept[i].sum != 0) highest_logit = swept[i].shift;
+        is_highest[i] = !(highest_logit > target_logit);
+      }
       tile.target[i] = swept[i].target;
       tile.sum[i] = swept[i].sum;
       tile.shift[i] = swept[i].shift;
@@ -444,6 +473,13 @@ void loss_rows_of(const LossArguments& arguments, int64_t first_row, int64_t las
     }
 
     run_row_programs<Bytes>(tile, tile_end - tile_start, options);
+    if (reports(arguments)) {
+      const T* const log_probs = log_probs_of<Bytes>(tile, tile_end - tile_start);
+      for (int64_t row = tile_start; row < tile_end; ++row) {
+        const int64_t i = row - tile_start;
+        store_report(arguments, row, rows.ignored(row), log_probs[i], is_highest[i]);
+      }
+    }
 
     for (int64_t row = tile_start; row < tile_end; ++row) {
       const int64_t i = row - tile_start;
@@ -482,7 +518,7 @@ void split_rows(const SplitArguments& arguments, const SplitVectors& out, int64_
   for (int64_t row = first_row; row < last_row; ++row) {
     // An ignored row is one class with logit 0: log-odds +inf, log-probability 0.
     SweptRow<T> swept{0, 0, 0, 0, 0, 0, 0};
-    if (!rows.ignored(row)) swept = rows.sweep(row, nullptr, false, nullptr, scratch);
+    if (!rows.ignored(row)) swept = rows.sweep(row, nullptr, false, nullptr, nullptr, scratch);
     static_cast<T*>(out.target)[row] = swept.target;
     static_cast<T*>(out.rest)[row] = std::log(swept.sum);
     static_cast<T*>(out.shift)[row] = swept.shift;

@@ -47,6 +47,7 @@ struct PixelColumns : Tile<T, kMostPixels + kPadding> {
   T target_slope[size];         // dz_t / dx_t
   T target_weight[size];        // u_t
   T counts[size];               // 0 where the pixel is ignored, else 1
+  T highest_logit[size];        // x_j of all classes so far, where it is asked for and no z_j of the rest
 };
 
 // body(j, a) for j < n; a in 0..3 says which of four accumulators to use, so that their latencies overlap.
@@ -70,6 +71,7 @@ class Planes : public ClassMap<S, Bytes> {
   using Map::classes;
   using Map::has_target;
   using Map::has_weights;
+  using Map::maps_nothing;
   using typename Map::L;
   using typename Map::M;
   using typename Map::T;
@@ -95,12 +97,14 @@ class Planes : public ClassMap<S, Bytes> {
       begin_tile();
       for_blocks([&](int64_t start, int64_t n) IMBALANCE_LAMBDA {
         stage(start, n);
+        if (loss_.correct && !maps_nothing()) raise_highest_logits(start, n);
         exclude_targets(start, n);
         join(start, n);
       });
       end_split();
       run_row_programs<Bytes>(columns_, count_, options_);
       store_losses();
+      if (reports(loss_)) store_reports();
       if (loss_.d_logits == nullptr) continue;
       begin_spread();
       for_blocks([&](int64_t start, int64_t n) IMBALANCE_LAMBDA {
@@ -186,6 +190,7 @@ class Planes : public ClassMap<S, Bytes> {
       L(T(0)).store(columns_.weighted_logits + i);
       L(T(0)).store(columns_.weight_sum + i);
     }
+    if (loss_.correct) fill(columns_.highest_logit, -std::numeric_limits<T>::infinity());
   }
 
   // Reads the tile's logits of a block of n classes: nothing else reads them, but for the targets'.
@@ -237,6 +242,22 @@ class Planes : public ClassMap<S, Bytes> {
         }
         u.store(weights + i);
       }
+    });
+  }
+
+  // The highest raw logits of a block of n classes, which was read a moment ago.
+  IMBALANCE_INLINE void raise_highest_logits(int64_t start, int64_t n) {
+    for_images([&](int64_t first, int64_t m, int64_t image, int64_t pixel) IMBALANCE_LAMBDA {
+      T* const highest = columns_.highest_logit + first;
+      outline<false>([=, this]() IMBALANCE_LAMBDA {
+        for (int64_t j = 0; j < n; ++j) {
+          const S* const x = logits(image, start + j, pixel);
+          for_packs<L>(m, [&](auto whole, int64_t i, int64_t count, int) IMBALANCE_LAMBDA {
+            const L raw = load_pack<L>(whole, x + i, count, -std::numeric_limits<T>::infinity());
+            maximum(L::load(highest + i), raw).store(highest + i);
+          });
+        }
+      });
     });
   }
 
@@ -343,6 +364,21 @@ class Planes : public ClassMap<S, Bytes> {
   IMBALANCE_INLINE void store_losses() const {
     T* const losses = static_cast<T*>(loss_.losses) + first_;
     for (int64_t i = 0; i < count_; ++i) losses[i] = any_ignored_ && ignored(i) ? T(0) : columns_.loss[i];
+  }
+
+  // Before the gradient takes the place of the targets' logits.
+  IMBALANCE_INLINE void store_reports() {
+    const T* const log_probs = log_probs_of<Bytes>(columns_, count_);
+    const T* const highest = maps_nothing() ? columns_.highest : columns_.highest_logit;
+    outline<false>([=, this]() IMBALANCE_LAMBDA {
+      for_images([&](int64_t first, int64_t m, int64_t image, int64_t pixel) IMBALANCE_LAMBDA {
+        for (int64_t i = first; i < first + m; ++i) {
+          const bool compares = loss_.correct && !ignored(i);
+          const S* const x = compares ? logits(image, arguments.target[first_ + i], pixel + i - first) : nullptr;
+          store_report(loss_, first_ + i, ignored(i), log_probs[i], compares && !(highest[i] > number_of(x)));
+        }
+      });
+    });
   }
 
   // The coefficients of the gradient, with all that a pixel has one of.

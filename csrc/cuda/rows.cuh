@@ -63,6 +63,7 @@ struct Results {
   const T* normalizer;  // ()
   const T* divisor;     // ()
   T* losses;            // (N,)
+  T* log_probs;         // (N,) of the targets, beside losses
   T* target;            // (N,) the split
   T* rest;
   T* shift;
@@ -197,6 +198,7 @@ __device__ __forceinline__ RowGradient<Accumulate<S>> finish(const Results<S>& r
   }
   const RowResult<T> result = row_program(split, results.options);
   if (writes && results.losses) results.losses[place.row] = result.loss;
+  if (writes && results.log_probs) results.log_probs[place.row] = log_probability(split.target, split.rest);
   const bool has_own = results.upstream && results.upstream_step != 0;
   const T factor = has_own ? results.upstream[place.row * results.upstream_step] * common : common;
   return {
@@ -219,6 +221,7 @@ __device__ __forceinline__ void finish_unread(const Results<S>& results, const P
   using T = Accumulate<S>;
   const T value = value_of_unread<T>(place);
   if (results.losses) results.losses[place.row] = value;
+  if (results.log_probs) results.log_probs[place.row] = value;
   if (results.target)
     write_split(results, place, {value, value - infinity<T>(), value, value, value, T(0), T(0), T(0)});
 }

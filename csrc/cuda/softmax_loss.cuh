@@ -454,6 +454,7 @@ cudaError_t loss_rows_of(const LossArguments& a, std::int64_t count, cudaStream_
   results.normalizer = static_cast<const T*>(a.normalizer);
   results.divisor = static_cast<const T*>(a.divisor);
   results.losses = static_cast<T*>(a.losses);
+  results.log_probs = static_cast<T*>(a.log_probs);
   results.d_logits = d_logits;
   results.gradient_stride = a.gradient_stride;
   results.gradient_class_stride = a.gradient_class_stride;

@@ -26,6 +26,7 @@ struct LossArguments {
   const void* normalizer;        // (): divides the gradient; where it is 0, so is everything
   const void* divisor;           // () of a mean: divides the gradient; null with a normalizer
   void* losses;                  // (N,) not divided; null: the gradient alone
+  void* log_probs;               // (N,) of the targets, 0 where ignored; null: not asked for
   void* d_logits;                // in the logits' shape, may be the logits themselves; null for the losses alone
   std::int64_t gradient_stride;  // of rows; of images where logits are channels-first
   std::int64_t gradient_class_stride;

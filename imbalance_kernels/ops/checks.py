@@ -209,6 +209,11 @@ def check_options(options: SoftmaxOptions, num_classes: int, target: Tensor) -> 
     if isinstance(logit_map.margin, CircleMargin) and logit_map.softcap is not None:
         raise ValueError("softcap is given, but CircleLoss maps cosines, which need no cap")
     if target.is_floating_point():
+        for name in ("return_log_probs", "return_correct"):
+            if getattr(options, name):
+                raise ValueError(
+                    f"{name}=True needs class indices, but target holds class probabilities, which name no one class"
+                )
         if not isinstance(options.objective, CrossEntropy):
             raise ValueError(
                 f"target holds class probabilities, but the objective is {options.objective.name}: only cross-entropy "

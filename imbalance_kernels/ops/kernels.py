@@ -21,10 +21,12 @@ __all__ = [
     "COLUMN_SUMS_SCHEMA",
     "LOSS_SCHEMA",
     "MULTILABEL_SCHEMA",
+    "REPORTS_SCHEMA",
     "SCHEMAS",
     "SIGMOID_SCHEMA",
     "SPLIT_BACKWARD_SCHEMA",
     "SPLIT_SCHEMA",
+    "fake_reports",
     "kernels",
 ]
 
@@ -45,13 +47,18 @@ MULTILABEL_SCHEMA = (
     "Tensor target, Tensor? bias, Tensor? sample_weight, Tensor? normalizer, int ignore_index, str reduction"
 )
 COLUMN_SUMS_SCHEMA = "Tensor target, Tensor? sample_weight, int ignore_index, bool from_softmax"
+REPORTS_SCHEMA = "bool with_log_probs, bool with_correct"
 SPLIT_BACKWARD_SCHEMA = "Tensor rest, Tensor shift, Tensor d_target, Tensor d_rest, Tensor d_weighted_logits"
 
 SCHEMAS = {
     "softmax_loss": (
-        f"(Tensor logits, {SPLIT_SCHEMA}, {LOSS_SCHEMA}, bool with_gradient) -> (Tensor loss, Tensor d_logits)"
+        f"(Tensor logits, {SPLIT_SCHEMA}, {LOSS_SCHEMA}, bool with_gradient, {REPORTS_SCHEMA}) -> "
+        "(Tensor loss, Tensor d_logits, Tensor log_probs, Tensor correct)"
     ),
-    "softmax_loss_": f"(Tensor(a!) logits, {SPLIT_SCHEMA}, {LOSS_SCHEMA}) -> Tensor loss",
+    "softmax_loss_": (
+        f"(Tensor(a!) logits, {SPLIT_SCHEMA}, {LOSS_SCHEMA}, {REPORTS_SCHEMA}) -> "
+        "(Tensor loss, Tensor log_probs, Tensor correct)"
+    ),
     "softmax_loss_backward": f"(Tensor logits, {SPLIT_SCHEMA}, {LOSS_SCHEMA}, Tensor upstream) -> Tensor d_logits",
     "softmax_loss_backward_": f"(Tensor(a!) logits, {SPLIT_SCHEMA}, {LOSS_SCHEMA}, Tensor upstream) -> ()",
     "sigmoid_loss": f"(Tensor logits, {SIGMOID_SCHEMA}, bool with_gradient) -> (Tensor loss, Tensor d_logits)",
@@ -105,11 +112,23 @@ def _num_rows(logits: Tensor) -> int:
     return logits.shape[0] if logits.dim() == 2 else logits.shape[0] * logits.shape[2]
 
 
-def _fake_softmax_loss(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    *_, reduction, _, with_gradient = options
+def _fake_softmax_loss(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    *_, reduction, _, with_gradient, with_log_probs, with_correct = options
     shape = (_num_rows(logits),) if reduction == "none" else ()
     loss = logits.new_empty(shape, dtype=accumulate_dtype(logits.dtype))
-    return loss, logits.new_empty(logits.shape if with_gradient else (0,))
+    d_logits = logits.new_empty(logits.shape if with_gradient else (0,))
+    return loss, d_logits, *fake_reports(loss, _num_rows(logits), with_log_probs, with_correct)
+
+
+def _fake_softmax_loss_(logits: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    loss = logits.new_empty((), dtype=accumulate_dtype(logits.dtype))
+    return loss, *fake_reports(loss, _num_rows(logits), *options[-2:])
+
+
+def fake_reports(loss: Tensor, num_rows: int, with_log_probs: bool, with_correct: bool) -> tuple[Tensor, Tensor]:
+    """Return log_probs and correct (N,), (0,) where not asked for, of the dtypes that go with a loss."""
+    log_probs = loss.new_empty((num_rows if with_log_probs else 0,))
+    return log_probs, loss.new_empty((num_rows if with_correct else 0,), dtype=torch.bool)
 
 
 def _fake_sigmoid_loss(logits: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
@@ -145,7 +164,7 @@ def _fake_nothing(logits: Tensor, *_: Any) -> None:
 
 _FAKES: dict[str, Callable[..., Any]] = {
     "softmax_loss": _fake_softmax_loss,
-    "softmax_loss_": lambda logits, *_: logits.new_empty((), dtype=accumulate_dtype(logits.dtype)),
+    "softmax_loss_": _fake_softmax_loss_,
     "softmax_loss_backward": _fake_gradient,
     "softmax_loss_backward_": _fake_nothing,
     "sigmoid_loss": _fake_sigmoid_loss,

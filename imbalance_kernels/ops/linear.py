@@ -33,9 +33,9 @@ from imbalance_kernels.ops.kernel_arguments import loss_arguments, split_argumen
 from imbalance_kernels.ops.kernels import kernels
 from imbalance_kernels.ops.linear_kernels import Plan, Wants, operations
 from imbalance_kernels.options import SoftmaxOptions, accumulate_dtype
-from imbalance_kernels.softmax_row import RowSplit, RowTargets, row_weights
+from imbalance_kernels.softmax_row import Loss, LossOutput, RowSplit, RowTargets, returned, row_weights
 
-__all__ = ["Linear", "linear_loss", "linear_split", "prepare_linear"]
+__all__ = ["Linear", "linear_correct", "linear_loss", "linear_split", "prepare_linear"]
 
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -74,17 +74,19 @@ class _GradientsInForward(torch.autograd.Function):
         options: SoftmaxOptions,
         plan: Plan,
         wants: Wants,
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         arguments = loss_arguments(target, options, sample_weight, normalizer)
-        loss, *gradients = operations.linear_loss(input, weight, bias, *arguments, *plan, *wants)
+        outputs = operations.linear_loss(input, weight, bias, *arguments, *_reports(options), *plan, *wants)
+        loss, log_probs, correct, *gradients = outputs
         ctx.save_for_backward(*_wanted(gradients, wants), operands_anchor)
         ctx.dtypes = input.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.impl = plan.impl
-        return loss
+        ctx.mark_non_differentiable(log_probs, correct)
+        return loss, log_probs, correct
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_loss: Tensor, _log_probs: Any, _correct: Any) -> tuple[Tensor | None, ...]:
         in_place = not torch.compiler.is_compiling() and not graph_is_kept()
         *gradients, _ = ctx.saved_tensors
         scaled = _scaled(gradients, d_loss, ctx.dtypes, ctx.impl, in_place)
@@ -106,15 +108,18 @@ class _GradientsInBackward(torch.autograd.Function):
         options: SoftmaxOptions,
         plan: Plan,
         wants: Wants,
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(input, weight, bias, target, sample_weight, *options.class_vectors())
         ctx.options, ctx.plan, ctx.wants = options, plan, wants
         arguments = loss_arguments(target, options, sample_weight, None)
-        return operations.linear_loss(input, weight, bias, *arguments, *plan, *Wants())[0]
+        outputs = operations.linear_loss(input, weight, bias, *arguments, *_reports(options), *plan, *Wants())
+        loss, log_probs, correct, *_ = outputs
+        ctx.mark_non_differentiable(log_probs, correct)
+        return loss, log_probs, correct
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_losses: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_losses: Tensor, _log_probs: Any, _correct: Any) -> tuple[Tensor | None, ...]:
         input, weight, bias, target, sample_weight, *_ = ctx.saved_tensors
         bound = _bound(ctx.options, target, sample_weight, torch.ones_like(d_losses))
         (upstream,), factor = _of_order_one((d_losses,), bound, input.dtype)
@@ -164,6 +169,10 @@ class _Split(torch.autograd.Function):
             _wanted(gradients, ctx.wants), factor, dtypes, ctx.plan.impl, not torch.compiler.is_compiling()
         )
         return *scaled, None, None, None, None  # target, options, plan, wants
+
+
+def _reports(options: SoftmaxOptions) -> tuple[bool, bool]:
+    return options.return_log_probs, options.return_correct
 
 
 def _wanted(gradients: Any, wants: Wants) -> list[Tensor | None]:
@@ -296,6 +305,14 @@ def linear_split(linear: Linear, target: Tensor, options: SoftmaxOptions) -> Row
     return RowSplit(*split[:3])
 
 
+def linear_correct(linear: Linear, target: Tensor, options: SoftmaxOptions) -> Tensor:
+    """Return whether no logit of the layer is above the target's (N,), for a loss that has only splits: one product."""
+    input, weight, bias, plan = linear
+    arguments = loss_arguments(target, replace(options, reduction="sum"), None, None)
+    with torch.no_grad():
+        return operations.linear_loss(input, weight, bias, *arguments, False, True, *plan, *Wants())[2]
+
+
 def linear_loss(
     input: Tensor,
     linear_weight: Tensor,
@@ -308,8 +325,11 @@ def linear_loss(
     chunk_bytes: int | None = None,
     accumulate: str = "float32",
     impl: str | None = None,
-) -> Tensor:
+    return_log_probs: bool = False,
+    return_correct: bool = False,
+) -> Loss:
     """Return the loss of `options` on the layer's logits; the public form is SoftmaxLoss.linear."""
+    options = options.reporting(return_log_probs, return_correct)
     linear, rows, options = prepare_linear(
         input, linear_weight, target, linear_bias, options, chunk_bytes=chunk_bytes, accumulate=accumulate, impl=impl
     )
@@ -318,20 +338,22 @@ def linear_loss(
     target, wants = rows.target, linear.wants
     if options.reduction == "none":
         if any(wants):
-            loss = _GradientsInBackward.apply(input, weight, bias, target, sample_weight, options, plan, wants)
+            outputs = _GradientsInBackward.apply(input, weight, bias, target, sample_weight, options, plan, wants)
         else:
             arguments = loss_arguments(target, options, sample_weight, None)
-            loss = operations.linear_loss(input, weight, bias, *arguments, *plan, *wants)[0]
-        return loss.reshape(rows.shape)
+            outputs = operations.linear_loss(input, weight, bias, *arguments, *_reports(options), *plan, *wants)
+        return returned(LossOutput(*outputs[:3]), options, rows.shape)
 
     kernel_divisor, ratio, offset = _divisors(linear, target, options, sample_weight, normalizer)
     of_sum = replace(options, reduction="sum")
     if any(wants):
-        loss = _GradientsInForward.apply(
+        outputs = _GradientsInForward.apply(
             input, weight, bias, anchor(input, weight, bias), target, sample_weight, kernel_divisor, of_sum, plan, wants
         )
     else:
         arguments = loss_arguments(target, of_sum, sample_weight, kernel_divisor)
-        loss = operations.linear_loss(input, weight, bias, *arguments, *plan, *wants)[0]
+        outputs = operations.linear_loss(input, weight, bias, *arguments, *_reports(options), *plan, *wants)
+    loss, log_probs, correct = outputs[:3]
     loss = loss if ratio is None else loss * ratio
-    return loss if offset is None else loss + offset
+    loss = loss if offset is None else loss + offset
+    return returned(LossOutput(loss, log_probs, correct), options, rows.shape)

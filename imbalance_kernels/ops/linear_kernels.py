@@ -25,7 +25,14 @@ from torch import Tensor
 from imbalance_kernels import implementation
 from imbalance_kernels.ops import reference_kernels
 from imbalance_kernels.ops.kernel_arguments import LossArguments, SplitArguments
-from imbalance_kernels.ops.kernels import LOSS_SCHEMA, SPLIT_BACKWARD_SCHEMA, SPLIT_SCHEMA, kernels
+from imbalance_kernels.ops.kernels import (
+    LOSS_SCHEMA,
+    REPORTS_SCHEMA,
+    SPLIT_BACKWARD_SCHEMA,
+    SPLIT_SCHEMA,
+    fake_reports,
+    kernels,
+)
 from imbalance_kernels.ops.products import add_d_bias, add_d_weight, d_input_of, logits_of
 from imbalance_kernels.options import accumulate_dtype
 
@@ -61,7 +68,10 @@ _WANTS = "bool with_d_input, bool with_d_weight, bool with_d_bias"
 _GRADIENTS = "Tensor d_input, Tensor d_weight, Tensor d_bias"
 
 SCHEMAS = {
-    "linear_loss": f"({_LINEAR}, {SPLIT_SCHEMA}, {LOSS_SCHEMA}, {_PLAN}, {_WANTS}) -> (Tensor loss, {_GRADIENTS})",
+    "linear_loss": (
+        f"({_LINEAR}, {SPLIT_SCHEMA}, {LOSS_SCHEMA}, {REPORTS_SCHEMA}, {_PLAN}, {_WANTS}) -> "
+        f"(Tensor loss, Tensor log_probs, Tensor correct, {_GRADIENTS})"
+    ),
     "linear_loss_backward": (
         f"({_LINEAR}, {SPLIT_SCHEMA}, {LOSS_SCHEMA}, Tensor upstream, {_PLAN}, {_WANTS}) -> ({_GRADIENTS})"
     ),
@@ -205,20 +215,27 @@ def _kernels(plan: Plan) -> Any:
 
 
 def _linear_loss(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    """Return the loss, () or (N,), and gradients for an upstream gradient of one, () alone."""
-    call, plan, wants = LossArguments(*rest[:NUM_LOSS]), Plan(*rest[NUM_LOSS:-3]), Wants(*rest[-3:])
+    """Return the loss, () or (N,), log_probs, correct, and gradients for an upstream gradient of one, () alone."""
+    call, reports = LossArguments(*rest[:NUM_LOSS]), rest[NUM_LOSS : NUM_LOSS + 2]
+    plan, wants = Plan(*rest[NUM_LOSS + 2 : -3]), Wants(*rest[-3:])
     chunks, kernel = _Chunks(input, linear_weight, linear_bias, call, plan, wants), _kernels(plan)
     loss = chunks.row_vector(0)
+    log_probs, correct = (vector.zero_() for vector in fake_reports(loss, loss.shape[0], *reports))
     loss = loss if call.reduction == "none" else loss.new_zeros(())
     for chunk in chunks:
         arguments = call.rows(chunk.rows)
-        if call.reduction == "none":
-            loss[chunk.rows] = kernel.softmax_loss(chunk.logits, *arguments, False)[0]
-        elif any(wants):
-            loss += kernel.softmax_loss_(chunk.logits, *arguments)
+        if call.reduction != "none" and any(wants):
+            of_chunk, *of_rows = kernel.softmax_loss_(chunk.logits, *arguments, *reports)
         else:
-            loss += kernel.softmax_loss(chunk.logits, *arguments, False)[0]
-    return loss, *chunks.gradients()
+            of_chunk, _, *of_rows = kernel.softmax_loss(chunk.logits, *arguments, False, *reports)
+        if call.reduction == "none":
+            loss[chunk.rows] = of_chunk
+        else:
+            loss += of_chunk
+        for vector, report, is_asked in zip((log_probs, correct), of_rows, reports, strict=True):
+            if is_asked:
+                vector[chunk.rows] = report
+    return loss, log_probs, correct, *chunks.gradients()
 
 
 def _linear_loss_backward(
@@ -273,7 +290,8 @@ def _fake_linear_loss(
 ) -> tuple[Tensor, ...]:
     shape = input.shape[:1] if LossArguments(*rest[:NUM_LOSS]).reduction == "none" else ()
     loss = input.new_empty(shape, dtype=accumulate_dtype(input.dtype))
-    return loss, *_fake_gradients(input, linear_weight, linear_bias, *rest)
+    reports = fake_reports(loss, input.shape[0], *rest[NUM_LOSS : NUM_LOSS + 2])
+    return loss, *reports, *_fake_gradients(input, linear_weight, linear_bias, *rest)
 
 
 def _fake_linear_split(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, *rest: Any) -> list[Tensor]:

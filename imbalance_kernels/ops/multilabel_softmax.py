@@ -56,5 +56,5 @@ def multilabel_softmax(
         logits = only_once(logits) if torch.is_grad_enabled() and logits.requires_grad else logits
         loss = reference.multilabel_softmax(logits, labels.target, options, sample_weight, normalizer)
     else:
-        loss = kernel_loss(logits, labels.target, sample_weight, normalizer, options, chosen)
+        loss = kernel_loss(logits, labels.target, sample_weight, normalizer, options, chosen).loss
     return loss.reshape(labels.rows_shape) if options.reduction == "none" else loss

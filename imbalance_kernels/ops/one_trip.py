@@ -26,6 +26,7 @@ from imbalance_kernels.ops.kernel_arguments import (
 )
 from imbalance_kernels.ops.kernels import kernels
 from imbalance_kernels.options import MultilabelOptions, SigmoidOptions, SoftmaxOptions
+from imbalance_kernels.softmax_row import LossOutput
 
 __all__ = ["kernel_loss"]
 
@@ -57,6 +58,19 @@ def arguments_of(
     return sigmoid_arguments(target, options, sample_weight, normalizer)
 
 
+def _reports(options: Options) -> tuple[bool, ...]:
+    """Return what the operation takes last: with_log_probs and with_correct, of the softmax family alone."""
+    return (options.return_log_probs, options.return_correct) if isinstance(options, SoftmaxOptions) else ()
+
+
+def _outputs(ctx: Any, loss: Tensor, of_rows: Sequence[Tensor], options: Options) -> Tensor | tuple[Tensor, ...]:
+    """Return what a Function's forward returns: the loss, and where asked for log_probs and correct, constants."""
+    if not any(_reports(options)):
+        return loss
+    ctx.mark_non_differentiable(*of_rows)
+    return loss, *of_rows
+
+
 class _LossAndGradient(torch.autograd.Function):
     """The gradient is made in forward."""
 
@@ -70,21 +84,22 @@ class _LossAndGradient(torch.autograd.Function):
         normalizer: Tensor | None,
         options: Options,
         impl: str,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, ...]:
         arguments = arguments_of(target, options, sample_weight, normalizer)
         if options.inplace:
-            loss = operation(impl, options, "_")(logits, *arguments)
+            outputs = operation(impl, options, "_")(logits, *arguments, *_reports(options))
+            loss, *of_rows = outputs if isinstance(outputs, tuple) else (outputs,)
             torch.autograd.graph.increment_version(logits)
             d_logits = logits
         else:
-            loss, d_logits = operation(impl, options)(logits, *arguments, True)
+            loss, d_logits, *of_rows = operation(impl, options)(logits, *arguments, True, *_reports(options))
         ctx.save_for_backward(d_logits, logits_anchor)
         ctx.impl = impl
-        return loss
+        return _outputs(ctx, loss, of_rows, options)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_loss: Tensor, *_of_rows: Any) -> tuple[Tensor | None, ...]:
         d_logits, _ = ctx.saved_tensors
         if torch.compiler.is_compiling() or graph_is_kept():
             d_logits = d_logits * d_loss
@@ -107,16 +122,17 @@ class _LossThenGradient(torch.autograd.Function):
         normalizer: Tensor | None,
         options: Options,
         impl: str,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, ...]:
         ctx.save_for_backward(logits, target, sample_weight, normalizer, *options.class_vectors())
         ctx.options = options
         ctx.impl = impl
         arguments = arguments_of(target, options, sample_weight, normalizer)
-        return operation(impl, options)(logits, *arguments, False)[0]
+        loss, _, *of_rows = operation(impl, options)(logits, *arguments, False, *_reports(options))
+        return _outputs(ctx, loss, of_rows, options)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_loss: Tensor, *_of_rows: Any) -> tuple[Tensor | None, ...]:
         logits, target, sample_weight, normalizer, *_ = ctx.saved_tensors
         arguments = (logits, *arguments_of(target, ctx.options, sample_weight, normalizer), d_loss)
         if ctx.options.inplace and not torch.compiler.is_compiling() and not graph_is_kept():
@@ -144,11 +160,17 @@ def kernel_loss(
     normalizer: Tensor | None,  # ()
     options: Options,
     impl: str,
-) -> Tensor:
-    """Return the loss of `options` by an implementation's kernels, differentiable where the logits are."""
+) -> LossOutput:
+    """Return the loss of `options` by an implementation's kernels, differentiable where the logits are.
+
+    What else they ask for is (N,); what they do not ask for is None, or of no elements.
+    """
     if not (torch.is_grad_enabled() and logits.requires_grad):
         arguments = arguments_of(target, options, sample_weight, normalizer)
-        return operation(impl, options)(logits, *arguments, False)[0]
+        loss, _, *of_rows = operation(impl, options)(logits, *arguments, False, *_reports(options))
+        return LossOutput(loss, *of_rows)
     if options.reduction == "none" or logits.dtype == torch.float16:
-        return _LossThenGradient.apply(logits, target, sample_weight, normalizer, options, impl)
-    return _LossAndGradient.apply(logits, anchor(logits), target, sample_weight, normalizer, options, impl)
+        outputs = _LossThenGradient.apply(logits, target, sample_weight, normalizer, options, impl)
+    else:
+        outputs = _LossAndGradient.apply(logits, anchor(logits), target, sample_weight, normalizer, options, impl)
+    return LossOutput(*outputs) if isinstance(outputs, tuple) else LossOutput(outputs)

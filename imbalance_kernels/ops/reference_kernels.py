@@ -24,21 +24,24 @@ __all__ = [
 ]
 
 
-def softmax_loss(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """Return the loss; the last argument, with_gradient, is False."""
-    assert arguments[-1] is False
-    return _loss(logits, LossArguments(*arguments[:-1])), logits.new_empty(0)
+def softmax_loss(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """Return the loss, no gradient (with_gradient is False), log_probs and correct, (0,) where not asked for."""
+    *call, with_gradient, with_log_probs, with_correct = arguments
+    assert with_gradient is False
+    loss, log_probs, correct = _outputs(logits, LossArguments(*call), with_log_probs, with_correct)
+    return loss, logits.new_empty(0), log_probs, correct
 
 
-def softmax_loss_(logits: Tensor, *arguments: Any) -> Tensor:
-    """Return the loss, with the gradient in the logits' memory."""
-    call = LossArguments(*arguments)
+def softmax_loss_(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """Return the loss, log_probs and correct, with the gradient in the logits' memory."""
+    *split_and_loss, with_log_probs, with_correct = arguments
+    call = LossArguments(*split_and_loss)
     with _autograd():
         x = logits.detach().requires_grad_()
-        loss = _loss(x, call)
+        loss, log_probs, correct = _outputs(x, call, with_log_probs, with_correct)
         (d_logits,) = torch.autograd.grad(loss, x)
     logits.copy_(d_logits if call.normalizer is None else torch.where(call.normalizer == 0, 0.0, d_logits))
-    return loss.detach()
+    return loss.detach(), log_probs, correct
 
 
 def softmax_loss_backward_(logits: Tensor, *arguments: Any) -> None:
@@ -46,7 +49,8 @@ def softmax_loss_backward_(logits: Tensor, *arguments: Any) -> None:
     *call, upstream = arguments
     with _autograd():
         x = logits.detach().requires_grad_()
-        (d_logits,) = torch.autograd.grad(_loss(x, LossArguments(*call)), x, upstream)
+        loss, *_ = _outputs(x, LossArguments(*call), False, False)
+        (d_logits,) = torch.autograd.grad(loss, x, upstream)
     logits.copy_(d_logits)
 
 
@@ -77,6 +81,12 @@ def _autograd() -> Iterator[None]:
         yield
 
 
-def _loss(logits: Tensor, call: LossArguments) -> Tensor:
-    options = options_of_loss(call)
-    return reference.softmax_loss(logits, call.target, options, call.sample_weight, call.normalizer)
+def _outputs(logits: Tensor, call: LossArguments, with_log_probs: bool, with_correct: bool) -> tuple[Tensor, ...]:
+    """Return the loss, log_probs and correct, the last two (0,) where not asked for."""
+    options = options_of_loss(call).reporting(with_log_probs, with_correct)
+    loss, log_probs, correct = reference.softmax_loss(logits, call.target, options, call.sample_weight, call.normalizer)
+    return (
+        loss,
+        log_probs if with_log_probs and log_probs is not None else loss.new_empty(0),
+        loss.new_empty(0, dtype=torch.bool) if correct is None else correct,
+    )

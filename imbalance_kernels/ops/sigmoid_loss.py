@@ -50,5 +50,5 @@ def sigmoid_loss(
         logits = only_once(logits) if torch.is_grad_enabled() and logits.requires_grad else logits
         loss = reference.sigmoid_loss(logits, labels.target, options, sample_weight, normalizer)
     else:
-        loss = kernel_loss(logits, labels.target, sample_weight, normalizer, options, chosen)
+        loss = kernel_loss(logits, labels.target, sample_weight, normalizer, options, chosen).loss
     return labels.like_input(loss) if options.reduction == "none" else loss

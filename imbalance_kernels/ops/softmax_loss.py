@@ -27,8 +27,9 @@ from imbalance_kernels.ops.checks import (
 )
 from imbalance_kernels.ops.one_trip import kernel_loss
 from imbalance_kernels.options import SoftmaxOptions, accumulate_dtype
+from imbalance_kernels.softmax_row import Loss, returned
 
-__all__ = ["prepare", "softmax_loss"]
+__all__ = ["prepare", "rows_correct", "softmax_loss"]
 
 
 def prepare(
@@ -60,6 +61,18 @@ def prepare(
     return rows, options, chosen
 
 
+def rows_correct(logits: Tensor, target: Tensor, options: SoftmaxOptions, impl: str) -> Tensor:
+    """Return whether no logit is above the target's (N,), for a loss that has only splits: one more read of logits."""
+    options = replace(options, reduction="sum", inplace=False, return_log_probs=False, return_correct=True)
+    with torch.no_grad():
+        if impl == "reference":
+            output = reference.softmax_loss(logits, target, options)
+        else:
+            output = kernel_loss(logits, target, None, None, options, impl)
+    assert output.correct is not None
+    return output.correct
+
+
 def softmax_loss(
     input: Tensor,
     target: Tensor,
@@ -69,15 +82,18 @@ def softmax_loss(
     normalizer: Tensor | float | None = None,
     class_dim: int = 1,
     impl: str | None = None,
-) -> Tensor:
+    return_log_probs: bool = False,
+    return_correct: bool = False,
+) -> Loss:
     """Return the loss of `options`; the public form is imbalance_kernels.functional.softmax_loss."""
+    options = options.reporting(return_log_probs, return_correct)
     rows, options, impl = prepare(input, target, options, class_dim, impl, planes=True)
     sample_weight, normalizer = check_row_tensors(options, rows, sample_weight, normalizer)
     logits, target = rows.logits, rows.target
     needs_grad = torch.is_grad_enabled() and logits.requires_grad
     if impl == "reference":
         logits = only_once(logits) if needs_grad else logits
-        loss = reference.softmax_loss(logits, target, options, sample_weight, normalizer)
+        output = reference.softmax_loss(logits, target, options, sample_weight, normalizer)
     else:
-        loss = kernel_loss(logits, target, sample_weight, normalizer, options, impl)
-    return loss.reshape(rows.shape) if options.reduction == "none" else loss
+        output = kernel_loss(logits, target, sample_weight, normalizer, options, impl)
+    return returned(output, options, rows.shape)

@@ -3,7 +3,8 @@
     softmax_neg             loss = -r_t log p_t            r = softmax(-K z)    kexue.fm 4733
     one_minus_softmax       loss = -(1 - s_t) log p_t      s = softmax(K z)     its reader's form
 
-Composed from two `target_and_rest` of the same logits, so that it reads them twice forward and twice backward.
+Composed from two `target_and_rest` of the same logits, so that it reads them twice forward and twice backward; once
+more where it is to say which rows are correct.
 """
 
 from __future__ import annotations
@@ -17,11 +18,21 @@ from torch import Tensor
 
 from imbalance_kernels.objectives import SoftTruncation
 from imbalance_kernels.ops.checks import Rows, check_row_tensors
-from imbalance_kernels.ops.linear import linear_split, prepare_linear
-from imbalance_kernels.ops.softmax_loss import prepare
+from imbalance_kernels.ops.linear import linear_correct, linear_split, prepare_linear
+from imbalance_kernels.ops.softmax_loss import prepare, rows_correct
 from imbalance_kernels.ops.target_and_rest import split_rows
 from imbalance_kernels.options import SoftmaxOptions
-from imbalance_kernels.softmax_row import RowSplit, RowTargets, reduce_rows, row_losses, without_rows
+from imbalance_kernels.softmax_row import (
+    Loss,
+    LossOutput,
+    RowSplit,
+    RowTargets,
+    log_probs_of,
+    reduce_rows,
+    returned,
+    row_losses,
+    without_rows,
+)
 
 __all__ = ["FORMS", "linear_two_temperature_loss", "two_temperature_loss"]
 
@@ -38,7 +49,9 @@ def two_temperature_loss(
     normalizer: Tensor | float | None = None,
     class_dim: int = 1,
     impl: str | None = None,
-) -> Tensor:
+    return_log_probs: bool = False,
+    return_correct: bool = False,
+) -> Loss:
     """Return the loss of `form`, whose K is that of the options' objective, a SoftTruncation.
 
     The public form is imbalance_kernels.functional.soft_truncation_loss.
@@ -47,13 +60,17 @@ def two_temperature_loss(
         raise ValueError(
             f"inplace=True is not possible with form={form!r}, which reads the logits twice: use form='log_odds'"
         )
+    options = options.reporting(return_log_probs, return_correct)
     rows, options, impl = prepare(input, target, options, class_dim, impl)
     options = replace(options, inplace=False)
 
     def split(options: SoftmaxOptions, target: Tensor) -> RowSplit:
         return split_rows(rows.logits, target, options, impl)
 
-    return _loss(split, rows, options, form, rows.logits.shape[1], sample_weight, normalizer)
+    def correct(target: Tensor) -> Tensor:
+        return rows_correct(rows.logits, target, options, impl)
+
+    return _loss(split, correct, rows, options, form, rows.logits.shape[1], sample_weight, normalizer)
 
 
 def linear_two_temperature_loss(
@@ -69,8 +86,11 @@ def linear_two_temperature_loss(
     chunk_bytes: int | None = None,
     accumulate: str = "float32",
     impl: str | None = None,
-) -> Tensor:
+    return_log_probs: bool = False,
+    return_correct: bool = False,
+) -> Loss:
     """Return the same of a linear layer, whose logits are made twice forward and twice backward."""
+    options = options.reporting(return_log_probs, return_correct)
     linear, rows, options = prepare_linear(
         input, linear_weight, target, linear_bias, options, chunk_bytes=chunk_bytes, accumulate=accumulate, impl=impl
     )
@@ -78,18 +98,22 @@ def linear_two_temperature_loss(
     def split(options: SoftmaxOptions, target: Tensor) -> RowSplit:
         return linear_split(linear, target, options)
 
-    return _loss(split, rows, options, form, linear_weight.shape[0], sample_weight, normalizer)
+    def correct(target: Tensor) -> Tensor:
+        return linear_correct(linear, target, options)
+
+    return _loss(split, correct, rows, options, form, linear_weight.shape[0], sample_weight, normalizer)
 
 
 def _loss(
     split_of: Callable[[SoftmaxOptions, Tensor], RowSplit],
+    correct_of: Callable[[Tensor], Tensor],
     rows: Rows,
     options: SoftmaxOptions,
     form: str,
     num_classes: int,
     sample_weight: Tensor | None,
     normalizer: Tensor | float | None,
-) -> Tensor:
+) -> Loss:
     assert isinstance(options.objective, SoftTruncation)
     sample_weight, normalizer = check_row_tensors(options, rows, sample_weight, normalizer)
     sharpness = options.objective.sharpness
@@ -104,7 +128,9 @@ def _loss(
     value = weight * -torch.nn.functional.logsigmoid(split.log_odds)
     losses = row_losses(split, targets, options, sample_weight, num_classes, value)
     loss = reduce_rows(losses, targets, options, sample_weight, normalizer)
-    return loss.reshape(rows.shape) if options.reduction == "none" else loss
+    log_probs = log_probs_of(split, targets) if options.return_log_probs else None
+    correct = correct_of(target) if options.return_correct else None
+    return returned(LossOutput(loss, log_probs, correct), options, rows.shape)
 
 
 def _at_temperature(options: SoftmaxOptions, temperature: float) -> SoftmaxOptions:

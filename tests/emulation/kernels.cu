@@ -288,7 +288,7 @@ constexpr double kGamma = 2, kEpsilon = 0.1, kZLossFactor = 0.01, kCap = 5, kCir
 constexpr double kHeights[] = {12345, -5e8, 3e38, 23456};
 
 struct Expected {
-  double loss;
+  double loss, log_prob;
   double target, rest, shift, weighted_logits, weight_sum;
   std::vector<double> gradient;  // of the loss, or of the split with the given gradients
 };
@@ -432,7 +432,7 @@ struct Problem {
       }
       gradient[i] *= slope[i];
     }
-    return {sample * loss, z_t, rest, shift, weighted, weight_sum, gradient};
+    return {sample * loss, log_p, z_t, rest, shift, weighted, weight_sum, gradient};
   }
 
  private:
@@ -467,13 +467,8 @@ struct Problem {
   double epsilon() const { return c.has(kSmoothing) ? kEpsilon : 0; }
 
   Expected unread(double value) const {
-    return {value,
-            value,
-            value - INFINITY,
-            value,
-            value,
-            value,
-            std::vector<double>(static_cast<std::size_t>(c.classes), value)};
+    return {value, value, value, value - INFINITY,
+            value, value, value, std::vector<double>(static_cast<std::size_t>(c.classes), value)};
   }
 
   // A class's effective logit and its slope.
@@ -526,6 +521,7 @@ void check_rows(const Problem& problem, const std::vector<std::pair<const char*,
       if (!numbers) continue;
       const std::string_view name_of(what);
       const double value = name_of == "loss"              ? exact.loss
+                           : name_of == "log_prob"        ? exact.log_prob
                            : name_of == "target"          ? exact.target
                            : name_of == "rest"            ? exact.rest
                            : name_of == "shift"           ? exact.shift
@@ -567,7 +563,9 @@ Bytes run_loss(const Problem& problem) {
   Matrix d_logits(c, c.has(kGradientStrided), c.has(kGradientOffset), c.has(kGradientImagesApart));
   if (c.has(kInPlace)) copy(problem.logits, c, &d_logits);
   std::vector<std::pair<const char*, Numbers>> vectors;
-  vectors.emplace_back("loss", Numbers(wide(c.dtype), static_cast<std::size_t>(c.rows)));
+  const auto rows = static_cast<std::size_t>(c.rows);
+  vectors.emplace_back("loss", Numbers(wide(c.dtype), rows));
+  vectors.emplace_back("log_prob", c.has(kProbabilities) ? Numbers() : Numbers(wide(c.dtype), rows));
 
   LossArguments a{};
   a.split = problem.arguments(c.has(kInPlace) ? d_logits : problem.logits);
@@ -581,6 +579,7 @@ Bytes run_loss(const Problem& problem) {
   a.normalizer = problem.normalizer.data();
   a.divisor = problem.divisor.data();
   a.losses = vectors[0].second.data();
+  a.log_probs = vectors[1].second.data();
   a.d_logits = c.has(kLosses) ? nullptr : d_logits.data();
   a.gradient_stride = c.has(kLosses) ? 0 : d_logits.stride();
   a.gradient_class_stride = c.has(kLosses) ? 0 : d_logits.class_stride();
@@ -590,8 +589,10 @@ Bytes run_loss(const Problem& problem) {
   if (emulation::schedule.order == emulation::Order::forward) {
     check_rows(problem, vectors, c.has(kLosses) ? nullptr : &d_logits);
   }
-  Bytes results = vectors[0].second.bytes(0, static_cast<std::size_t>(c.rows));
-  append(&results, d_logits.bytes());
+  Bytes results = d_logits.bytes();
+  for (const auto& [what, vector] : vectors) {
+    if (vector) append(&results, vector.bytes(0, rows));
+  }
   return results;
 }
 

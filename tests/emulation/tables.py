@@ -18,8 +18,8 @@ from torch.utils import cpp_extension
 
 TESTS = build.EMULATION.parent
 TABLES = (
-    *("cuda", "softmax_loss", "sigmoid_loss", "channels_first", "linear", "numerics", "modules", "properties"),
-    *("behaviour", "multilabel_softmax", "batch_statistics", "sigmoid_modules"),
+    *("cuda", "softmax_loss", "log_probs", "sigmoid_loss", "channels_first", "linear", "numerics", "modules"),
+    *("properties", "behaviour", "multilabel_softmax", "batch_statistics", "sigmoid_modules"),
 )
 SOURCES = [build.CSRC / "bindings.cpp", *sorted(build.CSRC.glob("cuda/*.cu"))]
 
