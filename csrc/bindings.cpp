@@ -376,6 +376,23 @@ class BesideLogits {
  public:
   explicit BesideLogits(const Tensor& logits) : logits_(logits) {}
 
+  // Sets the layout of the logits in a call's arguments.
+  template <class Arguments>
+  void set_logits(Arguments* arguments) const {
+    const bool images = logits_.dim() == 3;
+    TORCH_CHECK_VALUE(images || logits_.dim() == 2, "logits must be (N, C) rows or (B, C, P) images");
+    TORCH_CHECK_VALUE(logits_.size(-1) <= 1 || logits_.stride(-1) == 1,
+                      "logits must have a last dimension of stride 1");
+    arguments->dtype = dtype_of(logits_);
+    arguments->images = logits_.size(0);
+    arguments->classes = logits_.size(1);
+    arguments->pixels = images ? logits_.size(2) : 0;
+    if (images && arguments->pixels == 0) arguments->images = 0;
+    arguments->logits = logits_.const_data_ptr();
+    arguments->image_stride = logits_.stride(0);
+    arguments->class_stride = images ? logits_.stride(1) : 1;
+  }
+
   // Sets labels, lists or dense of a call's arguments.
   template <class Arguments>
   void set_labels(const Tensor& target, int64_t rows, Arguments* arguments) {
@@ -423,22 +440,18 @@ class MultilabelCall : public BesideLogits {
   MultilabelArguments arguments{};
 
   MultilabelCall(const Tensor& logits, const Tensor& d_logits, MULTILABEL_PARAMETERS) : BesideLogits(logits) {
-    check_rows(logits);
-    arguments.dtype = dtype_of(logits);
-    arguments.rows = logits.size(0);
-    arguments.classes = logits.size(1);
-    arguments.logits = logits.const_data_ptr();
-    arguments.row_stride = logits.stride(0);
-    set_labels(target, arguments.rows, &arguments);
+    set_logits(&arguments);
+    set_labels(target, arguments.rows(), &arguments);
     arguments.ignore_index = ignore_index;
     TORCH_CHECK_VALUE(reduction == "none" || reduction == "sum" || reduction == "mean", "reduction is '", reduction,
                       "'");
     TORCH_CHECK_VALUE(!normalizer || normalizer->numel() == 1, "normalizer must be one number");
     arguments.bias = vector("bias", bias, arguments.classes);
-    arguments.sample_weight = vector("sample_weight", sample_weight, arguments.rows);
+    arguments.sample_weight = vector("sample_weight", sample_weight, arguments.rows());
     if (d_logits.defined()) {
       arguments.d_logits = d_logits.mutable_data_ptr();
-      arguments.gradient_stride = d_logits.stride(0);
+      arguments.gradient_image_stride = d_logits.stride(0);
+      arguments.gradient_class_stride = d_logits.stride(1);
     }
   }
 };
@@ -454,17 +467,7 @@ class ColumnSumsCall : public BesideLogits {
   ColumnSumsArguments arguments{};
 
   ColumnSumsCall(const Tensor& logits, COLUMN_SUMS_PARAMETERS) : BesideLogits(logits) {
-    const bool images = logits.dim() == 3;
-    TORCH_CHECK_VALUE(images || logits.dim() == 2, "logits must be (N, C) rows or (B, C, P) images");
-    TORCH_CHECK_VALUE(logits.size(-1) <= 1 || logits.stride(-1) == 1, "logits must have a last dimension of stride 1");
-    arguments.dtype = dtype_of(logits);
-    arguments.images = logits.size(0);
-    arguments.classes = logits.size(1);
-    arguments.pixels = images ? logits.size(2) : 0;
-    if (images && arguments.pixels == 0) arguments.images = 0;
-    arguments.logits = logits.const_data_ptr();
-    arguments.image_stride = logits.stride(0);
-    arguments.class_stride = images ? logits.stride(1) : 1;
+    set_logits(&arguments);
     set_labels(target, arguments.rows(), &arguments);
     arguments.ignore_index = ignore_index;
     arguments.sample_weight = vector("sample_weight", sample_weight, arguments.rows());
@@ -477,7 +480,7 @@ class ColumnSumsCall : public BesideLogits {
 constexpr int64_t kHugePage = 2 << 20;
 constexpr int64_t kGrain = 16384;  // logits that are worth a thread
 constexpr int64_t kTargetGrain = 65536;
-constexpr int64_t kPixels = 64;  // that one thread takes, since they share cache lines
+constexpr int64_t kPixels = 64;  // that one thread takes, at least
 
 // The sum of value(i) for i < n in double, in an order that depends on n alone.
 template <class Value>
@@ -522,18 +525,22 @@ struct Cpu {
     return gradient;
   }
 
+  // How many of the first `count` targets are classes, and how many neither that nor ignored.
+  static cpu::TargetCounts count_targets(const SplitArguments& arguments, int64_t count) {
+    const auto add = [](cpu::TargetCounts a, cpu::TargetCounts b) {
+      return cpu::TargetCounts{a.classes + b.classes, a.outside + b.outside};
+    };
+    const auto count_more = [&](int64_t first, int64_t last, cpu::TargetCounts before) {
+      return add(before, cpu::kernels()->count_targets(arguments, first, last));
+    };
+    return at::parallel_reduce(0, count, kTargetGrain, cpu::TargetCounts{0, 0}, count_more, add);
+  }
+
   // Returns how many rows count.
   static int64_t check_targets(const Split& split) {
     const SplitArguments& arguments = split.arguments;
     if (arguments.target == nullptr) return split.rows();
-    const auto count = [&arguments](int64_t first, int64_t last, cpu::TargetCounts before) {
-      const cpu::TargetCounts counts = cpu::kernels()->count_targets(arguments, first, last);
-      return cpu::TargetCounts{before.classes + counts.classes, before.outside + counts.outside};
-    };
-    const auto add = [](cpu::TargetCounts a, cpu::TargetCounts b) {
-      return cpu::TargetCounts{a.classes + b.classes, a.outside + b.outside};
-    };
-    const auto counts = at::parallel_reduce(0, split.rows(), kTargetGrain, cpu::TargetCounts{0, 0}, count, add);
+    const cpu::TargetCounts counts = count_targets(arguments, split.rows());
     for (int64_t row = 0; counts.outside > 0 && row < split.rows(); ++row) {
       const int64_t target = arguments.target[row];
       const bool inside = target >= 0 && target < arguments.classes;
@@ -544,17 +551,23 @@ struct Cpu {
     return counts.classes;
   }
 
-  // Calls body(first_row, last_row, scratch) over all rows, from torch's threads.
+  // Calls body(first_row, last_row, scratch) over all rows, of which pixels share cache lines, from torch's threads.
   template <class Body>
-  static void for_rows(const Split& split, const Body& body) {
-    const int64_t bytes = (static_cast<int64_t>(cpu::kernels()->scratch_bytes(split.arguments)) + 63) / 64 * 64;
+  static void for_rows(int64_t rows, int64_t classes, int64_t pixels, std::size_t scratch_bytes, const Body& body) {
+    const int64_t bytes = (static_cast<int64_t>(scratch_bytes) + 63) / 64 * 64;
     const Tensor scratch = at::empty({at::get_num_threads() * bytes}, at::kByte);
     uint8_t* const memory = scratch.mutable_data_ptr<uint8_t>();
-    const int64_t unit = split.arguments.pixels > 0 ? kPixels : 1, rows = split.rows();
-    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, unit * split.arguments.classes));
+    const int64_t unit = pixels > 0 ? kPixels : 1;
+    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, unit * classes));
     at::parallel_for(0, (rows + unit - 1) / unit, grain, [&](int64_t first, int64_t last) {
       body(first * unit, std::min(last * unit, rows), memory + at::get_thread_num() * bytes);
     });
+  }
+  template <class Body>
+  static void for_rows(const Split& split, const Body& body) {
+    const SplitArguments& arguments = split.arguments;
+    const std::size_t bytes = cpu::kernels()->scratch_bytes(arguments);
+    for_rows(split.rows(), arguments.classes, arguments.pixels, bytes, body);
   }
 
   template <class T>
@@ -598,22 +611,24 @@ struct Cpu {
     return run(logits, d_logits, upstream, reports, SPLIT_NAMES, LOSS_NAMES);
   }
 
-  // Labels are in [0, C], those of lists in [0, C), or ignored.
+  // Labels are in [0, C], those of lists in [0, C), or ignored. Returns how many rows count.
   template <class Arguments>
-  static void check_labels(const Arguments& call, int64_t rows) {
-    const int64_t* const target = call.labels ? call.labels : call.lists;
-    if (target == nullptr) return;
+  static int64_t check_labels(const Arguments& call, int64_t rows) {
+    SplitArguments targets{};
+    targets.target = call.labels ? call.labels : call.lists;
+    if (targets.target == nullptr) return rows;
+    targets.classes = call.classes + (call.labels ? 1 : 0);  // the background counts
+    targets.ignore_index = call.ignore_index;
     const int64_t count = rows * (call.labels ? 1 : call.list_length);
-    const int64_t last = call.classes - (call.labels ? 0 : 1);
-    const auto outside = [&](int64_t i) {
-      return (target[i] < 0 || target[i] > last) && target[i] != call.ignore_index;
-    };
-    bool any = false;
-    for (int64_t i = 0; i < count; ++i) any |= outside(i);
-    for (int64_t i = 0; any && i < count; ++i) {
-      TORCH_CHECK_INDEX(!outside(i), "target ", target[i], " is out of bounds: it must be in [0, ", last, "]",
+    const cpu::TargetCounts counts = count_targets(targets, count);
+    for (int64_t i = 0; counts.outside > 0 && i < count; ++i) {
+      const int64_t target = targets.target[i];
+      const bool inside = target >= 0 && target < targets.classes;
+      TORCH_CHECK_INDEX(inside || target == call.ignore_index, "target ", target,
+                        " is out of bounds: it must be in [0, ", targets.classes - 1, "]",
                         call.labels ? " (the last is the background)" : "", " or ignore_index=", call.ignore_index);
     }
+    return call.labels ? counts.classes : rows;
   }
 
   static Tensor sigmoid_loss(const Tensor& logits, const Tensor& d_logits, const OptionalTensor& upstream,
@@ -622,17 +637,12 @@ struct Cpu {
     cpu::SigmoidLossArguments loss{labelled.arguments, 1};
     SigmoidArguments& call = loss.call;
     const bool reduced = reduction != "none";
-    check_labels(call, call.rows());
+    const int64_t valid = check_labels(call, call.rows());
     double divisor = 1;
     if (normalizer) {
       divisor = normalizer->item<double>();
     } else if (reduction == "mean") {
-      int64_t rows = call.rows();
-      if (call.labels) {
-        rows = 0;
-        for (int64_t row = 0; row < call.rows(); ++row) rows += call.labels[row] != call.ignore_index;
-      }
-      divisor = static_cast<double>(rows) * static_cast<double>(call.classes);
+      divisor = static_cast<double>(valid) * static_cast<double>(call.classes);
     }
     if (normalizer && divisor == 0) {  // gives 0, whatever the logits hold
       if (d_logits.defined()) d_logits.zero_();
@@ -665,13 +675,12 @@ struct Cpu {
     cpu::MultilabelLossArguments loss{multilabel.arguments, 1};
     MultilabelArguments& call = loss.call;
     const bool reduced = reduction != "none";
-    check_labels(call, call.rows);
+    const int64_t rows = call.rows();
+    const int64_t valid = check_labels(call, rows);
     double divisor = 1;
     if (normalizer) {
       divisor = normalizer->item<double>();
     } else if (reduction == "mean") {
-      int64_t valid = call.labels ? 0 : call.rows;
-      for (int64_t row = 0; call.labels && row < call.rows; ++row) valid += call.labels[row] != call.ignore_index;
       divisor = static_cast<double>(valid);
     }
     if (normalizer && divisor == 0) {  // gives 0, whatever the rows hold
@@ -680,20 +689,15 @@ struct Cpu {
     }
     loss.inverse_divisor = 1 / divisor;
     if (upstream && reduced) loss.inverse_divisor *= upstream->item<double>();
-    if (upstream && !reduced) call.upstream = multilabel.vector("upstream", upstream, call.rows);
-    const Tensor losses = upstream ? Tensor() : empty_result(logits, {call.rows});
+    if (upstream && !reduced) call.upstream = multilabel.vector("upstream", upstream, rows);
+    const Tensor losses = upstream ? Tensor() : empty_result(logits, {rows});
     if (losses.defined()) call.losses = losses.mutable_data_ptr();
     const auto* const kernels = cpu::multilabel_kernels();
     const auto run = kernels->loss[static_cast<int>(call.dtype)];
-    const auto bytes = (static_cast<int64_t>(kernels->scratch_bytes(call)) + 63) / 64 * 64;
-    const Tensor scratch = at::empty({at::get_num_threads() * bytes}, at::kByte);
-    uint8_t* const memory = scratch.mutable_data_ptr<uint8_t>();
-    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, call.classes));
-    at::parallel_for(0, call.rows, grain, [&](int64_t first, int64_t last) {
-      run(loss, first, last, memory + at::get_thread_num() * bytes);
-    });
+    for_rows(rows, call.classes, call.pixels, kernels->scratch_bytes(call),
+             [&](int64_t first, int64_t last, void* scratch) { run(loss, first, last, scratch); });
     if (!reduced || upstream) return losses;
-    const auto sum = [&](const auto* of_rows) { return sum_of(call.rows, [&](int64_t row) { return of_rows[row]; }); };
+    const auto sum = [&](const auto* of_rows) { return sum_of(rows, [&](int64_t row) { return of_rows[row]; }); };
     const double total =
         call.dtype == Dtype::float64 ? sum(losses.const_data_ptr<double>()) : sum(losses.const_data_ptr<float>());
     return empty_result(logits, {}).fill_(total / divisor);
@@ -893,7 +897,7 @@ struct Cuda {
     MultilabelArguments& call = loss.call;
     const bool reduced = reduction != "none";
     call.upstream =
-        reduced ? multilabel.scalar("upstream", upstream) : multilabel.vector("upstream", upstream, call.rows);
+        reduced ? multilabel.scalar("upstream", upstream) : multilabel.vector("upstream", upstream, call.rows());
     loss.upstream_step = reduced ? 0 : 1;
     cuda::LossArguments sums{};  // what a mean divides by, and how the losses are summed
     sums.split.dtype = call.dtype;
@@ -903,11 +907,11 @@ struct Cuda {
     sums.normalizer = loss.normalizer;
     Tensor losses, divisor;
     if (!upstream) {
-      losses = empty_result(logits, {call.rows});
+      losses = empty_result(logits, {call.rows()});
       call.losses = losses.mutable_data_ptr();
     }
     if (reduction == "mean" && !normalizer) {
-      divisor = mean_divisor(logits, call.rows, sums);
+      divisor = mean_divisor(logits, call.rows(), sums);
       loss.divisor = sums.divisor = divisor.const_data_ptr();
     }
     check_launch(cuda::multilabel_rows(loss, current_stream()));

@@ -5,13 +5,15 @@
 
 namespace imbalance {
 
-// Logits are rows (N, C). Of labels, lists and dense there is one, as in SigmoidArguments.
+// Logits and labels are laid out as those of SigmoidArguments.
 struct MultilabelArguments {
-  Dtype dtype;           // of logits and of their gradient
-  std::int64_t rows;     // N
-  std::int64_t classes;  // C
+  Dtype dtype;  // of logits and of their gradient
+  std::int64_t images;
+  std::int64_t classes;
+  std::int64_t pixels;
   const void* logits;
-  std::int64_t row_stride;
+  std::int64_t image_stride;
+  std::int64_t class_stride;
 
   const std::int64_t* labels;
   const std::int64_t* lists;
@@ -25,11 +27,14 @@ struct MultilabelArguments {
 
   const void* upstream;  // gradient of the losses, (N,); null: one
   void* losses;          // (N,), not divided; null: the gradient alone
-  void* d_logits;        // (N, C), may be the logits themselves; null for the losses alone
-  std::int64_t gradient_stride;
+  void* d_logits;        // the logits' shape, may be the logits themselves; null for the losses alone
+  std::int64_t gradient_image_stride;
+  std::int64_t gradient_class_stride;
+
+  std::int64_t rows() const { return images * (pixels == 0 ? 1 : pixels); }
 };
 
-// Logits and labels are laid out as those of SigmoidArguments.
+// The same.
 struct ColumnSumsArguments {
   Dtype dtype;
   std::int64_t images;

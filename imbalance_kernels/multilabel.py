@@ -36,13 +36,13 @@ def multilabel_softmax_loss(
     the threshold and every negative below, and is balanced whatever their numbers. Predict the classes whose logit is
     above the threshold. Labels y between 0 and 1 weigh the exponentials: 1 - y in the first sum, y in the second.
 
-    Value and gradient take one trip over the logits. Labels never become one-hot; a positive is left out of the first
-    sum and a negative out of the second, neither is subtracted.
+    Value and gradient take one trip over the logits, which are read where they lie, classes last or first. Labels never
+    become one-hot; a positive is left out of the first sum and a negative out of the second, neither is subtracted.
 
     Args:
         input: logits (N, C), (C,), (N, C, d1, ...) or, with ``class_dim=-1``, (..., C); float32, float64, bfloat16 or
-            float16. A logit of -inf masks its class, which then costs nothing whatever its label. Images with classes
-            first are copied into rows.
+            float16. A logit of -inf masks its class, which then costs nothing whatever its label. One of +inf costs a
+            negative +inf, with a gradient of NaN, and a positive nothing.
         target: lists of classes, int64 or int32, of input's shape with a length K in place of its classes as the last
             dimension, padded with ignore_index; or dense labels of input's shape, any floating point (0 to 1) or bool;
             or class labels of input's shape without its classes, one of each row, C for none (the background).
@@ -64,7 +64,7 @@ def multilabel_softmax_loss(
             shape, which could be dense labels or lists of classes.
         TypeError: a dtype that is not supported.
         IndexError: a label that is no class, not the background and not ignore_index. On an accelerator, unless
-            IMBALANCE_KERNELS_CHECK=1, a class label so makes its row NaN, and one in a list is left out.
+            IMBALANCE_KERNELS_CHECK=1, it makes its row NaN instead.
 
     Source: kexue.fm 7359; Su et al. 2022, "ZLPR"; soft labels: kexue.fm 9064.
 

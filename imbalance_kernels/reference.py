@@ -159,22 +159,30 @@ def sigmoid_loss(
 
 
 def multilabel_softmax(
-    logits: Tensor,  # (N, C)
-    target: Tensor,  # labels (N,) in [0, C], lists of labels (N, K), or (N, C) in floating point or bool
+    logits: Tensor,  # (N, C), or channels first (B, C, P)
+    target: Tensor,  # labels (N,) in [0, C], lists of labels (N, K), or the logits' shape in floating point or bool
     options: MultilabelOptions,
     sample_weight: Tensor | None = None,  # (N,)
     normalizer: Tensor | None = None,  # ()
 ) -> Tensor:
-    """Return the reduced loss of `options`, or for "none" that of each row.
+    """Return the reduced loss of `options`, or for "none" that of each row; N = B * P where channels come first.
 
     A label of 1 is no negative and one of 0 no positive: they are left out of a sum, never subtracted from it. So is a
     raw logit of -inf, of both sums. A row whose sample weight is 0, or whose label is ignored, costs exactly 0,
-    whatever it holds; one whose label is neither a class nor the background is NaN.
+    whatever it holds; one whose label is neither a class nor the background, or that lists what is no class, is NaN.
+
+    A logit of +inf costs a positive nothing. A negative it costs +inf; its own gradient is NaN then and that of the
+    row's other negatives 0, as of torch.logsumexp.
     """
     x = logits.to(accumulate_dtype(logits.dtype))
     y = dense_labels(target, logits, options.ignore_index).to(x.dtype)
+    if logits.dim() == 3:
+        x, y = (each.transpose(1, 2).reshape(-1, logits.shape[1]) for each in (x, y))
     x, uncounted, num_valid = _counted_rows(x, target, options.ignore_index, sample_weight, normalizer)
-    masked = logits == -math.inf
+    if target.dim() == 2 and not target.is_floating_point() and target.dtype != torch.bool:
+        outside = ((target < 0) | (target >= logits.shape[1])) & (target != options.ignore_index)
+        x = _poisoned(x, outside.any(dim=1) & ~uncounted)
+    masked = x == -math.inf
     x = _without(x, masked)
     z = x if options.bias is None else x + options.bias
     negative = torch.where(masked | (y == 1), -math.inf, z)
@@ -247,14 +255,19 @@ def _counted_rows(
     num_valid: Tensor | int = x.shape[0]
     if sample_weight is not None:
         uncounted = sample_weight == 0
+    if normalizer is not None:
+        uncounted = uncounted | (normalizer == 0)
     if target.dim() == 1:
         rows = RowTargets.of(target, x.shape[1] + 1, ignore_index)  # background is a label too
         uncounted = uncounted | rows.ignored
-        x = x * torch.where(rows.valid | rows.ignored, 1.0, math.nan).to(x.dtype)[:, None]  # its gradient too
+        x = _poisoned(x, ~rows.valid & ~uncounted)
         num_valid = rows.valid.sum()
-    if normalizer is not None:
-        uncounted = uncounted | (normalizer == 0)
     return _without(x, uncounted[:, None]), uncounted, num_valid
+
+
+def _poisoned(x: Tensor, wrong: Tensor) -> Tensor:
+    """Return x (N, C) with NaN in wrong rows (N,), in their gradient too."""
+    return x * torch.where(wrong, math.nan, 1.0).to(x.dtype)[:, None]
 
 
 def _sigmoid_slope(x: Tensor) -> Tensor:
@@ -286,8 +299,11 @@ class _Softmax(torch.autograd.Function):
 
 
 def _log_one_plus_sum(u: Tensor, weight: Tensor) -> Tensor:
-    """Return log(1 + sum_j weight_j exp(u_j)) (N,) of u (N, C), to full relative accuracy where it is small."""
-    shift = torch.cat([u.new_zeros(u.shape[0], 1), u.detach()], dim=1).amax(dim=1)
+    """Return log(1 + sum_j weight_j exp(u_j)) (N,) of u (N, C), to full relative accuracy where it is small.
+
+    The shift is finite: beside an exponent of +inf, whose sum is +inf, all others are nothing.
+    """
+    shift = torch.cat([u.new_zeros(u.shape[0], 1), u.detach()], dim=1).amax(dim=1).clamp(max=torch.finfo(u.dtype).max)
     total = (weight * torch.exp(u - shift[:, None])).sum(dim=1)
     return torch.where(shift == 0, torch.log1p(total), shift + torch.log(torch.exp(-shift) + total))
 

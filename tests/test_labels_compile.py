@@ -10,6 +10,10 @@ from test_cuda_compile import ARCHITECTURES, SOURCES, require_nvcc
 from test_triton_compile import HALVES, results
 
 CUDA = [SOURCES[0].parent / f"{stem}.cu" for stem in ("multilabel_softmax", "column_sums")]
+KERNELS = {
+    "multilabel_softmax": ("multilabel_in_lanes", "multilabel_in_sweeps", "multilabel_in_planes"),
+    "column_sums": ("columns_of_rows", "columns_of_images", "gradient_of_rows", "gradient_of_images"),
+}
 SPILLED = 32  # bytes a thread, of some forms
 SPILLED_DOUBLE = 256  # of float64, which is for tests
 
@@ -27,7 +31,8 @@ def test_cuda_compiles_and_spills_next_to_nothing(source, architecture, tmp_path
         done.stderr,
         re.DOTALL,
     )
-    assert len(report) >= 2 * 4 * 4  # two kernels, four dtypes, four forms
+    for kernel in KERNELS[source.stem]:
+        assert sum(kernel in symbol for symbol, *_ in report) >= 4 * 4, kernel  # four dtypes, four forms
     for symbol, stack, spilled, _ in report:
         limit = SPILLED_DOUBLE if re.search(r"[a-z]Id", symbol) else SPILLED
         assert int(spilled) <= limit and int(stack) <= limit, symbol
@@ -40,9 +45,14 @@ def check(found):
     assert len(compiled) >= 30
     for case, kernel in compiled:
         assert kernel["spilled"] <= SPILLED, (case, kernel)
+        if kernel["kernel"].endswith("_planes"):  # a warp's threads lie along the pixels, each has one
+            assert kernel["warps"] == ["32, 1"], (case, kernel)
+            continue
         width = case.get("pixels") or case["classes"]
         if "total" not in kernel["kernel"] and width % 8 == 0 and case["dtype"] != "float64":
             assert kernel["loads"] > 0, (case, kernel)
+    names = {kernel["kernel"].partition(".")[2] for _, kernel in compiled}
+    assert {"_rows", "_long_rows", "_planes", "_long_planes"} <= names
 
 
 def test_triton_spills_next_to_nothing_and_loads_vectors():
@@ -60,6 +70,7 @@ def test_no_compilation_but_the_first():
     """Not for another number of rows or of classes, nor for lists of another length."""
     compiled = {}
     for result in results(triton.__version__, "sm_90", "same labels"):
-        compiled.setdefault(result["case"]["operation"], []).append(len(result["compiled"]))
-    assert len(compiled) == 3
+        operation = (result["case"]["operation"], "pixels" in result["case"])
+        compiled.setdefault(operation, []).append(len(result["compiled"]))
+    assert len(compiled) == 4
     assert all(first > 0 and not any(others) for first, *others in compiled.values()), compiled

@@ -284,9 +284,15 @@ LABELS = [
     )
 ] + [
     {"operation": operation, "dtype": dtype, "labels": labels, "classes": 19, "pixels": 4096, **options}
-    for operation in ("sums", "sums backward")
-    for options in ({}, {"from_softmax": True})
+    for operation, options in (
+        *((name, options) for name in ("sums", "sums backward") for options in ({}, {"from_softmax": True})),
+        *((name, {}) for name in ("loss and gradient", "loss", "gradient")),
+    )
     for dtype, labels in (("bfloat16", "labels"), ("float32", "bool"), ("float16", "lists"), ("float64", "float"))
+]
+LABELS += [  # more classes than threads hold
+    {"operation": "loss and gradient", "dtype": dtype, "labels": labels, "classes": 1000, "pixels": 4096}
+    for dtype, labels in (("bfloat16", "labels"), ("float32", "float"))
 ]
 
 # The lines of the benchmark: loss and gradient of cross-entropy and of focal + prior, with a normalizer.
@@ -478,7 +484,12 @@ SAME = [
 
 SAME_LABELS = [
     {"operation": operation, "dtype": "bfloat16", "labels": "lists", "classes": 1024, **options, **change}
-    for operation, options in (("loss and gradient", {}), ("sums", {}), ("sums backward", {"from_softmax": True}))
+    for operation, options in (
+        ("loss and gradient", {}),
+        ("loss and gradient", {"pixels": 32}),
+        ("sums", {}),
+        ("sums backward", {"from_softmax": True}),
+    )
     for change in (
         {"rows": 8},
         {"rows": 1},

@@ -29,7 +29,8 @@ from imbalance_kernels.triton_kernels.rows import shift_of, widened
 
 __all__ = ["column_sums", "column_sums_backward"]
 
-TILE = 2048  # logits
+TILE = 2048  # logits; of float64 half as many
+SOFTMAX_WARPS = 8  # which holds exponentials, and g beside them
 WIDEST = 128  # classes of a tile of rows; of pixels there are more, and of classes fewer
 WIDEST_OF_IMAGES = 8
 MOST_TILES = 64  # of a program: each number sums so many in float32
@@ -371,6 +372,7 @@ def _launch_softmax(
         ignore_index,
         list_length,
         **shape.options,
+        num_warps=SOFTMAX_WARPS,
     )
 
 
@@ -396,16 +398,17 @@ def _shape_of(logits: Tensor, widest: int = WIDEST) -> Shape:
     """Return how logits are cut; integers in units that divide all widths, so that loads can be as wide."""
     is_image = logits.dim() == 3
     num_classes = logits.shape[1]
+    tile = TILE // 2 if logits.dtype == torch.float64 else TILE
     if is_image:
         images, _, pixels = logits.shape
         widths = [pixels, logits.stride(0), logits.stride(1)]
         block = min(WIDEST_OF_IMAGES, triton.next_power_of_2(num_classes))
-        rows = min(TILE // block, triton.next_power_of_2(pixels))
+        rows = min(tile // block, triton.next_power_of_2(pixels))
     else:
         images, pixels = 1, logits.shape[0]
         widths = [num_classes, logits.stride(0)]
-        block = min(widest, max(2, triton.next_power_of_2(num_classes)))
-        rows = TILE // block
+        block = min(widest, tile, max(2, triton.next_power_of_2(num_classes)))
+        rows = tile // block
     unit = math.gcd(*widths, UNITS)
     if unit * logits.element_size() % VECTOR_BYTES != 0:
         unit = 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from imbalance_kernels.triton_kernels.rows import Labels
 __all__ = [
     "Constants",
     "Device",
+    "Forms",
     "LongTile",
     "RowTile",
     "SplitArguments",
@@ -28,6 +29,7 @@ __all__ = [
     "cluster_tile",
     "constants_of",
     "device_of",
+    "forms_of",
     "long_plane_programs",
     "long_plane_tile",
     "long_programs",
@@ -209,6 +211,52 @@ def _fitting(logits: Tensor, rows: int) -> int:
     device = device_of(logits.device)
     fitting = int(IN_FLIGHT * device.cache_bytes / (rows * logits.shape[1] * logits.element_size()))
     return max(device.processors // 2, fitting, 1)
+
+
+class Forms(NamedTuple):
+    """A loss as its schemas have it (imbalance_kernels/ops/kernels.py)."""
+
+    loss: Callable[..., tuple[Tensor, Tensor]]  # ""
+    loss_: Callable[..., Tensor]  # "_"
+    backward: Callable[..., Tensor]  # "_backward"
+    backward_: Callable[..., None]  # "_backward_"
+
+
+def forms_of(name: str, call_of: Callable[..., Any], launch: Callable[..., Any]) -> Forms:
+    """Return the forms of a loss.
+
+    `call_of` makes a call, which has a reduction, of what the schemas have after the logits. `launch(logits, d_logits,
+    call, upstream)` returns the loss and writes the gradient to d_logits if that is not None; with an upstream gradient
+    the latter alone.
+    """
+
+    def loss(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        """Return the loss and, where the last argument `with_gradient` asks for it, the gradient; else (0,)."""
+        *arguments, with_gradient = arguments
+        d_logits = logits.new_empty(logits.shape) if with_gradient else None
+        value = launch(logits, d_logits, call_of(*arguments), None)
+        return value, logits.new_empty((0,)) if d_logits is None else d_logits
+
+    def loss_(logits: Tensor, *arguments: Any) -> Tensor:
+        """Return the loss; the gradient takes the logits' memory."""
+        call = call_of(*arguments)
+        if call.reduction == "none":
+            raise ValueError(f"{name}_ needs the upstream gradient of 'none': {name}_backward_")
+        return launch(logits, logits, call, None)
+
+    def backward(logits: Tensor, *arguments: Any) -> Tensor:
+        """Return the gradient for the last argument, the upstream gradient."""
+        *arguments, upstream = arguments
+        d_logits = logits.new_empty(logits.shape)
+        launch(logits, d_logits, call_of(*arguments), upstream)
+        return d_logits
+
+    def backward_(logits: Tensor, *arguments: Any) -> None:
+        """Write the gradient for the last argument, the upstream gradient, into the logits' memory."""
+        *arguments, upstream = arguments
+        launch(logits, logits, call_of(*arguments), upstream)
+
+    return Forms(loss, loss_, backward, backward_)
 
 
 def number(value: float, logits: Tensor) -> Any:

@@ -37,7 +37,7 @@ from imbalance_kernels.triton_kernels.rows import (
     widened,
 )
 
-__all__ = ["launch_planes", "num_plane_tiles"]
+__all__ = ["Pixels", "launch_planes", "num_plane_tiles", "pixels_of"]
 
 # Integers that no kernel is compiled anew for.
 SIZES = ["images", "classes", "pixels", "stride", "class_stride", "ignore_index", "d_stride", "d_class_stride"]
@@ -52,7 +52,7 @@ class Pixels(NamedTuple):
 
 
 @triton.jit
-def _pixels_of(tile, pixels, ROWS: tl.constexpr):
+def pixels_of(tile, pixels, ROWS: tl.constexpr):
     """Return the Pixels of a tile."""
     tiles = tl.cdiv(pixels, ROWS)  # of an image
     tile = tl.cast(tile, tl.int64)
@@ -118,7 +118,7 @@ def _planes(
     stride = stride.to(tl.int64)
     class_stride = class_stride.to(tl.int64)
     sizes = Sizes(images * pixels, classes, stride, ignore_index)
-    part = _pixels_of(tl.program_id(0), pixels, ROWS)
+    part = pixels_of(tl.program_id(0), pixels, ROWS)
     place = _place_of(part, pixels, sizes, rows.labels, reduction.normalizer)
     target = _target_of(rows, part, place, stride, class_stride)  # before any barrier: in place it is overwritten
     block = _load(0, rows, part, place, classes, pixels, stride, class_stride, BLOCK, "evict_first")
@@ -162,7 +162,7 @@ def _long_planes(
     sizes = Sizes(images * pixels, classes, stride, ignore_index)
     blocks = tl.cdiv(classes, BLOCK)
     for tile in range(tl.program_id(0), images * tl.cdiv(pixels, ROWS), tl.num_programs(0)):
-        part = _pixels_of(tile, pixels, ROWS)
+        part = pixels_of(tile, pixels, ROWS)
         place = _place_of(part, pixels, sizes, rows.labels, reduction.normalizer)
         target = _target_of(rows, part, place, stride, class_stride)
         highest, total, weighted_logits, weight_sum = start(ROWS, dtype)

@@ -27,7 +27,17 @@ from torch import Tensor
 
 from imbalance_kernels.options import LOGIT_DTYPES, accumulate_dtype
 from imbalance_kernels.triton_kernels.binary_objectives import BINARY_OBJECTIVES, EXPONENTS, Numbers, share_of
-from imbalance_kernels.triton_kernels.launch import UNITS, VECTOR_BYTES, Device, device_of, number, on, vector_of
+from imbalance_kernels.triton_kernels.launch import (
+    UNITS,
+    VECTOR_BYTES,
+    Device,
+    device_of,
+    forms_of,
+    num_rows_of,
+    number,
+    on,
+    vector_of,
+)
 from imbalance_kernels.triton_kernels.objectives import truth_of
 from imbalance_kernels.triton_kernels.rows import Reduction, widened
 from imbalance_kernels.triton_kernels.softmax_loss import SMALL_BLOCK, _sum
@@ -419,41 +429,11 @@ class SigmoidArguments(NamedTuple):
     reduction: str
 
 
-def sigmoid_loss(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """Return the loss and, where the last argument `with_gradient` asks for it, the gradient; else (0,)."""
-    *arguments, with_gradient = arguments
-    d_logits = logits.new_empty(logits.shape) if with_gradient else None
-    loss = _launch(logits, d_logits, SigmoidArguments(*arguments))
-    return loss, logits.new_empty((0,)) if d_logits is None else d_logits
-
-
-def sigmoid_loss_(logits: Tensor, *arguments: Any) -> Tensor:
-    """Return the loss; the gradient takes the logits' memory."""
-    call = SigmoidArguments(*arguments)
-    if call.reduction == "none":
-        raise ValueError("sigmoid_loss_ needs the upstream gradient of 'none': sigmoid_loss_backward_")
-    return _launch(logits, logits, call)
-
-
-def sigmoid_loss_backward(logits: Tensor, *arguments: Any) -> Tensor:
-    """Return the gradient for the last argument, the upstream gradient."""
-    *arguments, upstream = arguments
-    d_logits = logits.new_empty(logits.shape)
-    _launch(logits, d_logits, SigmoidArguments(*arguments), upstream)
-    return d_logits
-
-
-def sigmoid_loss_backward_(logits: Tensor, *arguments: Any) -> None:
-    """Write the gradient for the last argument, the upstream gradient, into the logits' memory."""
-    *arguments, upstream = arguments
-    _launch(logits, logits, SigmoidArguments(*arguments), upstream)
-
-
 def _launch(
     logits: Tensor,  # (N, C) or (B, C, P)
     d_logits: Tensor | None,  # the same shape
     call: SigmoidArguments,
-    upstream: Tensor | None = None,  # () or the logits' shape
+    upstream: Tensor | None,  # () or the logits' shape
 ) -> Tensor | None:
     """Return the loss, () or the logits' shape, and write the gradient; with an upstream gradient the latter alone."""
     _check(logits, call)
@@ -572,14 +552,10 @@ def _check(logits: Tensor, call: SigmoidArguments) -> None:
         raise ValueError(f"reduction is '{call.reduction}'")
 
 
-def _num_rows(logits: Tensor) -> int:
-    return logits.shape[0] * (logits.shape[2] if logits.dim() == 3 else 1)
-
-
 def _labels(logits: Tensor, call: SigmoidArguments) -> BinaryLabels:
     target = call.target
     is_dense = target.is_floating_point() or target.dtype == torch.bool
-    fits = target.shape == logits.shape if is_dense else target.dim() in (1, 2) and len(target) == _num_rows(logits)
+    fits = target.shape == logits.shape if is_dense else target.dim() in (1, 2) and len(target) == num_rows_of(logits)
     if not fits or target.device != logits.device:
         raise ValueError(f"target has shape {tuple(target.shape)} on {target.device}, which does not fit the logits")
     if not is_dense:
@@ -613,7 +589,7 @@ def _factors(logits: Tensor, labels: BinaryLabels, call: SigmoidArguments, upstr
         if labels.classes is None:
             inverse = number(1 / logits.numel(), logits)
         else:
-            num_rows = _num_rows(logits)
+            num_rows = num_rows_of(logits)
             sums = logits.new_empty((triton.cdiv(num_rows, SMALL_BLOCK),), dtype=accumulate_dtype(logits.dtype))
             sizes = (num_rows, logits.shape[1], call.ignore_index)
             _valid_logits[(sums.shape[0],)](sums, labels.classes, *sizes, BLOCK=SMALL_BLOCK)
@@ -623,7 +599,7 @@ def _factors(logits: Tensor, labels: BinaryLabels, call: SigmoidArguments, upstr
     if of_logits:
         weight = _like_logits("sample_weight", weight, logits)
     elif weight is not None:
-        weight = vector_of("sample_weight", weight, _num_rows(logits), logits)
+        weight = vector_of("sample_weight", weight, num_rows_of(logits), logits)
     upstream_of_logits = upstream is not None and call.reduction == "none"
     if upstream_of_logits:
         upstream = _like_logits("upstream", upstream, logits)
@@ -645,3 +621,8 @@ def _like_logits(name: str, tensor: Tensor, logits: Tensor) -> Tensor:
     if tensor.dtype != accumulate_dtype(logits.dtype):
         raise TypeError(f"{name} has dtype {tensor.dtype}, but it must be {accumulate_dtype(logits.dtype)}")
     return tensor.contiguous()
+
+
+sigmoid_loss, sigmoid_loss_, sigmoid_loss_backward, sigmoid_loss_backward_ = forms_of(
+    "sigmoid_loss", SigmoidArguments, _launch
+)

@@ -13,14 +13,28 @@ struct DenseLabels {
   bool are_soft;  // one of them is neither 0 nor 1
 };
 
+// `count` booleans as numbers.
+template <class L>
+IMBALANCE_INLINE void stage_booleans(const bool* from, int64_t count, typename L::Scalar* to) {
+  using T = typename L::Scalar;
+  using Bytes = typename VectorOf<std::int8_t, L::count>::type;
+  int64_t i = 0;
+  for (; i + L::count <= count; i += L::count) {
+    Bytes bytes;
+    std::memcpy(&bytes, from + i, sizeof(bytes));
+    const auto integers = __builtin_convertvector(bytes, typename L::Mask);
+    L(__builtin_convertvector(integers, typename L::Vector)).store(to + i);
+  }
+  for (; i < count; ++i) to[i] = from[i] ? T(1) : T(0);
+}
+
 // `count` dense labels from `place` on, as numbers: where they lie, or in `staged`, which has room for whole packs.
 template <class S, class L, class Call>
 IMBALANCE_INLINE DenseLabels<typename L::Scalar> stage_dense(const Call& call, int64_t place, int64_t count,
                                                              typename L::Scalar* staged) {
   using T = typename L::Scalar;
   if (call.label_type == LabelType::boolean) {
-    const bool* const from = static_cast<const bool*>(call.dense) + place;
-    for (int64_t i = 0; i < count; ++i) staged[i] = from[i] ? T(1) : T(0);
+    stage_booleans<L>(static_cast<const bool*>(call.dense) + place, count, staged);
     return {staged, false};
   }
   const T* values = staged;

@@ -3,11 +3,8 @@
 // A row is read from memory once. Its logits, and then their exponentials, stay in a scratch row, so that the gradient
 // costs one multiplication per element. Positives that are listed are taken out of the scratch row by their index
 // before anything is summed, and are summed on their own; with dense labels every logit takes the side of its label.
-// Labels between 0 and 1 take both, in a loop of its own for the rows that have some.
-//
-// The shift of a sum is 0 where no logit is so large that it is needed: then 1 + the sum goes through log1p, and small
-// sums keep their digits. Elsewhere it is the highest exponent, 0 among them, so that a sum with its 1 is never below
-// 1 and nothing divides by 0.
+// Labels between 0 and 1 take both, in a loop of its own for the rows that have some. Channels-first logits have a way
+// of their own (multilabel_softmax_planes.h).
 //
 // One source for AVX-512, AVX2, SSE2 and NEON: multilabel_softmax_<instruction set>.cpp includes it. A row's bits
 // depend on its own values, its width and the instruction set alone.
@@ -15,19 +12,20 @@
 
 #include "labels.h"
 #include "multilabel_softmax.h"
+#include "multilabel_softmax_planes.h"
+#include "multilabel_softmax_sides.h"
 
 namespace imbalance::cpu {
 namespace {
 
-constexpr int kNoShift = 16;  // exponents up to here are summed as they are
-
-// One side of the loss: log(1 + sum), of a sum that is relative to `shift`, and what its gradient divides by.
+// One side of the loss: log(1 + sum), of a sum that is relative to the shift, and what its gradient divides by.
 template <class T>
 struct Side {
   T value;
   T total;
 
-  IMBALANCE_INLINE Side(T shift, T sum) {
+  IMBALANCE_INLINE Side(T highest, T sum) {
+    const T shift = multilabel_shift(highest);
     total = shift == 0 ? 1 + sum : std::exp(-shift) + sum;
     value = shift == 0 ? std::log1p(sum) : shift + std::log(total);
   }
@@ -39,6 +37,7 @@ class MultilabelRows {
   using T = typename AccumulateOf<S>::type;
   using L = Lanes<T, Bytes>;
   using M = Math<L>;
+  using Two = TwoSides<L>;
   static constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
   // Numbers of scratch memory: two rows, the listed classes and their logits.
@@ -57,14 +56,14 @@ class MultilabelRows {
 
   void operator()(int64_t row) {
     const int64_t n = call_.classes;
-    S* const d_row = call_.d_logits ? static_cast<S*>(call_.d_logits) + row * call_.gradient_stride : nullptr;
+    S* const d_row = call_.d_logits ? static_cast<S*>(call_.d_logits) + row * call_.gradient_image_stride : nullptr;
     T* const loss = call_.losses ? static_cast<T*>(call_.losses) + row : nullptr;
     if (uncounted<T>(call_, row)) {
       if (loss) *loss = 0;
       if (d_row) std::memset(d_row, 0, static_cast<std::size_t>(n) * sizeof(S));
       return;
     }
-    const S* const x = static_cast<const S*>(call_.logits) + row * call_.row_stride;
+    const S* const x = static_cast<const S*>(call_.logits) + row * call_.image_stride;
     const T weight = call_.sample_weight ? static_cast<const T*>(call_.sample_weight)[row] : T(1);
     const T upstream = call_.upstream ? static_cast<const T*>(call_.upstream)[row] : T(1);
     const T scale = weight * inverse_divisor_ * upstream;
@@ -89,6 +88,22 @@ class MultilabelRows {
 
   static int64_t longest_list(const MultilabelArguments& call) { return call.lists ? call.list_length : 1; }
 
+  // The highest exponents of both sides.
+  class Highest {
+   public:
+    IMBALANCE_INLINE Highest() : negatives_(-kInfinity), positives_(-kInfinity) {}
+    IMBALANCE_INLINE void raise(int a, const Two& exponents) {
+      negatives_.of[a] = maximum(negatives_.of[a], exponents.negative);
+      positives_.of[a] = maximum(positives_.of[a], exponents.positive);
+    }
+    IMBALANCE_INLINE T negative() const { return negatives_.highest(); }
+    IMBALANCE_INLINE T positive() const { return positives_.highest(); }
+    IMBALANCE_INLINE Two shifts() const { return {L(multilabel_shift(negative())), L(multilabel_shift(positive()))}; }
+
+   private:
+    Four<L> negatives_, positives_;
+  };
+
   // z of a pack; -inf where the raw logit is, and beyond the row.
   template <class Whole>
   IMBALANCE_INLINE L effective(Whole whole, const S* x, int64_t i, int64_t m) const {
@@ -98,12 +113,15 @@ class MultilabelRows {
   }
 
   // exp(u - shift) in place of n exponents u, padded with -inf; returns their sum.
-  IMBALANCE_INLINE T exponentiate(T* u, int64_t n, T shift) const {
+  IMBALANCE_INLINE T exponentiate(T* u, int64_t n, T highest) const {
+    const L shift(multilabel_shift(highest));
     Four<L> sum(0);
-    for_packs<L>(whole_packs<L>(n), [&](auto, int64_t i, int64_t, int a) IMBALANCE_LAMBDA {
-      const L exponential = M::exp_nonpositive(L::load(u + i) - L(shift));
-      exponential.store(u + i);
-      sum.of[a] = sum.of[a] + exponential;
+    with_constant(highest == kInfinity, [&](auto infinite) IMBALANCE_LAMBDA {
+      for_packs<L>(whole_packs<L>(n), [&](auto, int64_t i, int64_t, int a) IMBALANCE_LAMBDA {
+        const L e = exponential(infinite, L::load(u + i) - shift);
+        e.store(u + i);
+        sum.of[a] = sum.of[a] + e;
+      });
     });
     return sum.sum();
   }
@@ -114,8 +132,6 @@ class MultilabelRows {
                                         IMBALANCE_LAMBDA { highest.of[a] = maximum(highest.of[a], L::load(u + i)); });
     return highest.highest();
   }
-
-  static IMBALANCE_INLINE T shift_of(T highest) { return highest > kNoShift ? highest : T(0); }
 
   // Labels that are listed: the row is of negatives, but for those.
   IMBALANCE_INLINE T sparse(int64_t row, const S* x, int64_t n, T scale, S* d_row) {
@@ -137,11 +153,10 @@ class MultilabelRows {
       of_listed = -z > of_listed ? -z : of_listed;
       lowest = -z < lowest ? -z : lowest;
     });
-    if (of_row > kNoShift && -lowest >= of_row) of_row = highest_of(row_, n);
-    const T shift = shift_of(of_row), shift_of_listed = shift_of(of_listed);
-    const Side<T> negative(shift, exponentiate(row_, n, shift));
+    if (of_row > kNoShift<T> && -lowest >= of_row) of_row = highest_of(row_, n);
+    const Side<T> negative(of_row, exponentiate(row_, n, of_row));
     for (int64_t k = count; k < whole_packs<L>(count); ++k) listed_[k] = -kInfinity;
-    const Side<T> positive(shift_of_listed, exponentiate(listed_, count, shift_of_listed));
+    const Side<T> positive(of_listed, exponentiate(listed_, count, of_listed));
     if (d_row) {
       const L factor(scale / negative.total);
       for_packs<L>(n, [&](auto whole, int64_t i, int64_t m, int)
@@ -152,35 +167,40 @@ class MultilabelRows {
     return negative.value + positive.value;
   }
 
+  // body(i, a, z, y) for each pack of a row with dense labels.
+  template <class Body>
+  IMBALANCE_INLINE void for_labelled(const T* y, const S* x, int64_t n, Body body) const {
+    for_packs<L>(n, [&](auto whole, int64_t i, int64_t m, int a) IMBALANCE_LAMBDA {
+      body(i, a, effective(whole, x, i, m), load_pack<L>(whole, y + i, m, T(0)));
+    });
+  }
+
   // Dense labels of 0 and 1, which may lie in second_.
   IMBALANCE_INLINE T hard(const T* y, const S* x, int64_t n, T scale, S* d_row) {
-    const L one(T(1)), zero(T(0));
-    Four<L> of_negatives(-kInfinity), of_positives(-kInfinity);
-    for_packs<L>(n, [&](auto whole, int64_t i, int64_t m, int a) IMBALANCE_LAMBDA {
-      const L z = effective(whole, x, i, m);
-      const auto is_positive = M::equal(load_pack<L>(whole, y + i, m, T(0)), one);
-      const auto masked = M::equal(z, -M::infinity());
-      of_negatives.of[a] = maximum(of_negatives.of[a], M::select(is_positive, -M::infinity(), z));
-      of_positives.of[a] = maximum(of_positives.of[a], M::select(is_positive & ~masked, -z, -M::infinity()));
-      z.store(row_ + i);
+    Highest highest;
+    for_labelled(y, x, n, [&](int64_t i, int a, L z, L label) IMBALANCE_LAMBDA {
+      const auto is_positive = M::equal(label, L(T(1)));
+      const L exponent = Two::hard_exponent(z, is_positive);
+      highest.raise(a, Two::of_side(exponent, is_positive, -M::infinity()));
+      exponent.store(row_ + i);
     });
-    const T shift = shift_of(of_negatives.highest()), shift_of_positives = shift_of(of_positives.highest());
+    const Two shift = highest.shifts();
     Four<L> negatives(0), positives(0);
-    for_packs<L>(n, [&](auto whole, int64_t i, int64_t m, int a) IMBALANCE_LAMBDA {
-      const L z = L::load(row_ + i);
-      const auto is_positive = M::equal(load_pack<L>(whole, y + i, m, T(0)), one);
-      const L u = M::select(is_positive, -z - L(shift_of_positives), z - L(shift));
-      const L e = M::exp_nonpositive(M::select(M::equal(z, -M::infinity()), z, u));
-      negatives.of[a] = negatives.of[a] + M::select(is_positive, zero, e);
-      positives.of[a] = positives.of[a] + M::select(is_positive, e, zero);
-      e.store(row_ + i);
+    with_constant(highest.negative() == kInfinity, [&](auto infinite) IMBALANCE_LAMBDA {
+      for_packs<L>(n, [&](auto whole, int64_t i, int64_t m, int a) IMBALANCE_LAMBDA {
+        const auto is_positive = M::equal(load_pack<L>(whole, y + i, m, T(0)), L(T(1)));
+        const Two e = Two::hard(infinite, L::load(row_ + i), is_positive, shift);
+        negatives.of[a] = negatives.of[a] + e.negative;
+        positives.of[a] = positives.of[a] + e.positive;
+        (e.negative - e.positive).store(row_ + i);  // one of them is 0
+      });
     });
-    const Side<T> negative(shift, negatives.sum()), positive(shift_of_positives, positives.sum());
+    const Side<T> negative(highest.negative(), negatives.sum()), positive(highest.positive(), positives.sum());
     if (d_row) {
-      const L factor(scale / negative.total), of_positive(-scale / positive.total);
+      const L factor(scale / negative.total), of_positive(scale / positive.total), zero(T(0));
       for_packs<L>(n, [&](auto whole, int64_t i, int64_t m, int) IMBALANCE_LAMBDA {
-        const auto is_positive = M::equal(load_pack<L>(whole, y + i, m, T(0)), one);
-        store_pack(whole, d_row + i, m, L::load(row_ + i) * M::select(is_positive, of_positive, factor));
+        const L e = L::load(row_ + i);
+        store_pack(whole, d_row + i, m, e * M::select(M::less(e, zero), of_positive, factor));
       });
     }
     return negative.value + positive.value;
@@ -188,34 +208,24 @@ class MultilabelRows {
 
   // Dense labels from 0 to 1, which may lie in second_: weights of both sides' exponentials.
   IMBALANCE_INLINE T soft(const T* y, const S* x, int64_t n, T scale, S* d_row) {
-    const L one(T(1)), zero(T(0));
-    Four<L> of_negatives(-kInfinity), of_positives(-kInfinity);
-    const auto exponents = [&](auto whole, int64_t i, int64_t m, L* of_negative, L* of_positive) IMBALANCE_LAMBDA {
-      const L label = load_pack<L>(whole, y + i, m, T(0)), z = effective(whole, x, i, m);
-      const auto masked = M::equal(z, -M::infinity());
-      *of_negative = M::select(M::equal(label, one), -M::infinity(), z);
-      *of_positive = M::select(M::equal(label, zero) | masked, -M::infinity(), -z);
-      return label;
-    };
-    for_packs<L>(n, [&](auto whole, int64_t i, int64_t m, int a) IMBALANCE_LAMBDA {
-      L of_negative, of_positive;
-      exponents(whole, i, m, &of_negative, &of_positive);
-      of_negatives.of[a] = maximum(of_negatives.of[a], of_negative);
-      of_positives.of[a] = maximum(of_positives.of[a], of_positive);
+    Highest highest;
+    for_labelled(y, x, n, [&](int64_t i, int a, L z, L label) IMBALANCE_LAMBDA {
+      highest.raise(a, Two::soft_exponents(z, label));
+      z.store(row_ + i);
     });
-    const T shift = shift_of(of_negatives.highest()), shift_of_positives = shift_of(of_positives.highest());
+    const Two shift = highest.shifts();
     Four<L> negatives(0), positives(0);
-    for_packs<L>(n, [&](auto whole, int64_t i, int64_t m, int a) IMBALANCE_LAMBDA {
-      L of_negative, of_positive;
-      const L label = exponents(whole, i, m, &of_negative, &of_positive);
-      of_negative = (one - label) * M::exp_nonpositive(of_negative - L(shift));
-      of_positive = label * M::exp_nonpositive(of_positive - L(shift_of_positives));
-      negatives.of[a] = negatives.of[a] + of_negative;
-      positives.of[a] = positives.of[a] + of_positive;
-      of_negative.store(row_ + i);
-      of_positive.store(second_ + i);
+    with_constant(highest.negative() == kInfinity, [&](auto infinite) IMBALANCE_LAMBDA {
+      for_packs<L>(n, [&](auto whole, int64_t i, int64_t m, int a) IMBALANCE_LAMBDA {
+        const L label = load_pack<L>(whole, y + i, m, T(0));
+        const Two e = Two::soft(infinite, L::load(row_ + i), label, shift);
+        negatives.of[a] = negatives.of[a] + e.negative;
+        positives.of[a] = positives.of[a] + e.positive;
+        e.negative.store(row_ + i);
+        e.positive.store(second_ + i);
+      });
     });
-    const Side<T> negative(shift, negatives.sum()), positive(shift_of_positives, positives.sum());
+    const Side<T> negative(highest.negative(), negatives.sum()), positive(highest.positive(), positives.sum());
     if (d_row) {
       const L factor(scale / negative.total), factor_of_positives(scale / positive.total);
       for_packs<L>(n, [&](auto whole, int64_t i, int64_t m, int) IMBALANCE_LAMBDA {
@@ -227,13 +237,23 @@ class MultilabelRows {
   }
 };
 
+bool is_of_planes(const MultilabelArguments& call) { return call.pixels > 0 && call.classes > 0; }
+
 template <class S, int Bytes>
-void multilabel_rows(const MultilabelLossArguments& arguments, int64_t first, int64_t last, void* scratch) {
+void multilabel_loss(const MultilabelLossArguments& arguments, int64_t first, int64_t last, void* scratch) {
+  if (is_of_planes(arguments.call)) {
+    MultilabelPlanes<S, Bytes>(arguments, scratch).run(first, last);
+    return;
+  }
   MultilabelRows<S, Bytes> rows(arguments, scratch);
   for (int64_t row = first; row < last; ++row) rows(row);
 }
 
 std::size_t multilabel_scratch_bytes(const MultilabelArguments& call) {
+  if (is_of_planes(call)) {
+    return call.dtype == Dtype::float64 ? MultilabelPlanes<double, 16>::scratch_bytes(call)
+                                        : MultilabelPlanes<float, 16>::scratch_bytes(call);
+  }
   // class indices are as wide as doubles
   return static_cast<std::size_t>(MultilabelRows<double, 16>::scratch_numbers(call)) * sizeof(double);
 }
@@ -242,8 +262,8 @@ template <int Bytes>
 constexpr MultilabelKernels multilabel_kernels_of() {
   return {
       multilabel_scratch_bytes,
-      {multilabel_rows<float, Bytes>, multilabel_rows<double, Bytes>, multilabel_rows<BFloat16, Bytes>,
-       multilabel_rows<Float16, Bytes>},
+      {multilabel_loss<float, Bytes>, multilabel_loss<double, Bytes>, multilabel_loss<BFloat16, Bytes>,
+       multilabel_loss<Float16, Bytes>},
   };
 }
 

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "../sigmoid_objectives.h"
+#include "labels.h"
 #include "packs.h"
 #include "sigmoid_loss.h"
 
@@ -330,24 +331,9 @@ class Tiles {
 
   // Returns whether a label is neither 0 nor 1.
   bool stage_dense(int64_t place, int64_t count) {
-    if (call_.label_type == LabelType::boolean) {
-      const bool* const from = static_cast<const bool*>(call_.dense) + place;
-      for (int64_t i = 0; i < count; ++i) labels_[i] = from[i] ? T(1) : T(0);
-      return false;
-    }
-    if (call_.label_type == LabelType::accumulate || !kIsHalf) {
-      block_.labels = static_cast<const T*>(call_.dense) + place;
-    } else {
-      widen(static_cast<const S*>(call_.dense) + place, count, labels_);
-    }
-    typename L::Mask soft{};
-    for_packs<L>(count, [&](auto whole, int64_t i, int64_t n, int) IMBALANCE_LAMBDA {
-      const L y = load_pack<L>(whole, block_.labels + i, n, T(0));
-      soft |= (y.v != L(T(0)).v) & (y.v != L(T(1)).v);
-    });
-    typename L::Integer any = 0;
-    for (int i = 0; i < L::count; ++i) any |= soft[i];
-    return any != 0;
+    const DenseLabels<T> labels = cpu::stage_dense<S, L>(call_, place, count, labels_);
+    block_.labels = labels.values;
+    return labels.are_soft;
   }
 
   // The weights of `count` rows of `width` logits each, from `place` on; of an ignored row 0.

@@ -10,34 +10,11 @@
 #pragma once
 
 #include "class_map.h"
+#include "planes.h"
 #include "row_programs.h"
 
 namespace imbalance::cpu {
 namespace {
-
-constexpr int64_t kMostPixels = 512;         // of a tile; a run of floats takes 2 KB
-constexpr int64_t kFewestPixels = 32;        // two cache lines of floats: shorter runs would read them in vain
-constexpr int64_t kPlanesBytes = 512 << 10;  // of scratch
-
-// The tile of pixels and the block of classes that scratch has room for.
-struct PlanesTile {
-  int64_t pixels;
-  int64_t classes;
-  int64_t run;    // numbers from one class to the next, of which the last pack may be written beyond its pixels
-  int64_t parts;  // effective logits, and where they are needed weights and slopes
-
-  PlanesTile(int64_t all_classes, bool has_weights, bool bends, int64_t bytes_per_number)
-      : pixels(kMostPixels), classes(all_classes), parts(1 + has_weights + bends) {
-    const int64_t numbers = kPlanesBytes / (parts * bytes_per_number);
-    while (classes * pixels > numbers && pixels > kFewestPixels) pixels /= 2;
-    if (classes * pixels > numbers) {
-      pixels = kMostPixels;
-      classes = numbers / pixels;
-    }
-    run = pixels + kPadding;  // no power of two, whose runs would share a few of the cache's sets
-  }
-  int64_t count() const { return parts * classes * run; }
-};
 
 // What a tile knows of its pixels: the columns of their row programs, and beside them
 template <class T>
@@ -50,16 +27,8 @@ struct PixelColumns : Tile<T, kMostPixels + kPadding> {
   T highest_logit[size];        // x_j of all classes so far, where it is asked for and no z_j of the rest
 };
 
-// body(j, a) for j < n; a in 0..3 says which of four accumulators to use, so that their latencies overlap.
-template <class Body>
-IMBALANCE_INLINE void for_classes(int64_t n, Body body) {
-  int64_t j = 0;
-  for (; j + 4 <= n; j += 4) {
-#pragma GCC unroll 4
-    for (int a = 0; a < 4; ++a) body(j + a, a);
-  }
-  for (; j < n; ++j) body(j, 0);
-}
+// Numbers of a class and a pixel: effective logits, and where they are needed weights and slopes.
+constexpr int64_t parts_of(bool has_weights, bool bends) { return 1 + has_weights + bends; }
 
 // The pixels of one call, tile by tile.
 template <class S, int Bytes>
@@ -79,7 +48,7 @@ class Planes : public ClassMap<S, Bytes> {
   IMBALANCE_INLINE Planes(const LossArguments& loss, void* memory)
       : Map(loss.split),
         loss_(loss),
-        tile_(classes, has_weights(), bends(), sizeof(T)),
+        tile_(classes, parts_of(has_weights(), bends()), sizeof(T)),
         effective_(static_cast<T*>(memory)),
         weights_(effective_ + tile_.classes * tile_.run),
         slopes_(effective_ + (tile_.parts - 1) * tile_.classes * tile_.run),
@@ -140,23 +109,13 @@ class Planes : public ClassMap<S, Bytes> {
     for (int64_t i = 0; i < PixelColumns<T>::size; ++i) column[i] = x;
   }
 
-  // body(start, n) for each block of n classes.
   template <class Body>
   IMBALANCE_INLINE void for_blocks(Body body) const {
-    for (int64_t start = 0; start < classes; start += tile_.classes) {
-      body(start, classes - start < tile_.classes ? classes - start : tile_.classes);
-    }
+    cpu::for_blocks(tile_, classes, body);
   }
-
-  // body(i, n, image, pixel) for each run of the tile's pixels that lies in one image: n from the tile's i-th on.
   template <class Body>
   IMBALANCE_INLINE void for_images(Body body) const {
-    for (int64_t i = 0; i < count_;) {
-      const int64_t image = (first_ + i) / arguments.pixels, pixel = (first_ + i) % arguments.pixels;
-      const int64_t left = arguments.pixels - pixel, n = count_ - i < left ? count_ - i : left;
-      body(i, n, image, pixel);
-      i += n;
-    }
+    cpu::for_images(first_, count_, arguments.pixels, body);
   }
 
   IMBALANCE_INLINE const S* logits(int64_t image, int64_t c, int64_t pixel) const {
@@ -312,7 +271,7 @@ class Planes : public ClassMap<S, Bytes> {
       L highest_of[4] = {before, before, before, before};
       for_classes(
           n, [&](int64_t j, int a) IMBALANCE_LAMBDA { highest_of[a] = maximum(highest_of[a], L::load(z + j * run)); });
-      const L highest = maximum(maximum(highest_of[0], highest_of[1]), maximum(highest_of[2], highest_of[3]));
+      const L highest = maximum_of_four(highest_of);
       const L shift = M::select(M::equal(highest, -M::infinity()), L(T(0)), highest);
       if constexpr (weighted) {
         const L moved = L::load(columns_.shift + i) - shift, weight_sum = L::load(columns_.weight_sum + i);
@@ -342,8 +301,6 @@ class Planes : public ClassMap<S, Bytes> {
       shift.store(columns_.shift + i);
     }
   }
-
-  static IMBALANCE_INLINE L sum_of_four(const L* x) { return (x[0] + x[1]) + (x[2] + x[3]); }
 
   // The targets relative to the shift, and their part in what is weighted.
   IMBALANCE_INLINE void end_split() {
@@ -468,7 +425,7 @@ void loss_planes(const LossArguments& arguments, int64_t first_row, int64_t last
 int64_t planes_scratch_bytes(const SplitArguments& split, int64_t bytes_per_number) {
   const bool has_weights = split.target == nullptr || split.label_smoothing > 0;
   const bool bends = split.softcap > 0 || split.margin_kind == MarginKind::circle;
-  return PlanesTile(split.classes, has_weights, bends, bytes_per_number).count() * bytes_per_number;
+  return PlanesTile(split.classes, parts_of(has_weights, bends), bytes_per_number).count() * bytes_per_number;
 }
 
 }  // namespace

@@ -38,6 +38,12 @@ LabelsOf<S> labels_of(const Arguments& a) {
   return labels;
 }
 
+// Bytes of a dense label; 0 where labels are not dense.
+template <class S>
+std::size_t bytes_of_dense(const LabelsOf<S>& labels) {
+  return labels.dense ? sizeof(S) : labels.dense_wide ? sizeof(Accumulate<S>) : labels.dense_boolean ? 1 : 0;
+}
+
 // How much a row counts.
 template <class T>
 struct Counted {
@@ -60,6 +66,18 @@ __device__ __forceinline__ Counted<Accumulate<S>> counted_row(const LabelsOf<S>&
   if (label == labels.ignore_index) return {false, false, -1, weight};
   if (label < 0 || label > labels.classes) return {false, true, -1, weight};
   return {true, false, static_cast<int>(label), weight};
+}
+
+// Whether a row's list names what is no class.
+template <class S>
+__device__ __forceinline__ bool lists_no_class(const LabelsOf<S>& labels, std::int64_t row) {
+  bool outside = false;
+#pragma unroll 1
+  for (int j = 0; labels.lists && j < labels.list_length; ++j) {
+    const std::int64_t listed = labels.lists[row * labels.list_length + j];
+    outside |= (listed < 0 || listed >= labels.classes) && listed != labels.ignore_index;
+  }
+  return outside;
 }
 
 // The labels of a pack of a row, as numbers from 0 to 1.

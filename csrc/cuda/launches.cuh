@@ -39,6 +39,15 @@ cudaError_t with_dtype(Dtype dtype, const Function& f) {
   return cudaErrorInvalidValue;
 }
 
+constexpr double kCacheShare = 0.7;  // of the L2 cache, for what is read again
+
+// So many rows or tiles of so many bytes that the cache holds them until they are read again, or half as many as there
+// are multiprocessors.
+inline std::int64_t most_at_a_time(const Device& device, double bytes) {
+  const int fitting = static_cast<int>(kCacheShare * device.cache / std::max(1.0, bytes));
+  return std::max({1, device.multiprocessors / 2, fitting});
+}
+
 constexpr cudaError_t kNoSuchCluster = cudaErrorInvalidClusterSize;
 
 // As many clusters as the device runs at a time and `most` allows; fewer, where none then works on more rows.

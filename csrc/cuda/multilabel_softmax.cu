@@ -1,24 +1,20 @@
 // multilabel_softmax on CUDA: log(1 + sum_neg exp(z)) + log(1 + sum_pos exp(-z)) of rows, and its gradient.
 //
-// Two kernels, by which threads share a row:
+// Three kernels, by which threads share a row:
 //
 // - multilabel_in_lanes: narrow rows, each shared by 1 to 32 lanes of a warp, which hold it in registers between its
 //   sums and its gradient. Nothing but shuffles between them.
 // - multilabel_in_sweeps: longer rows, and rows that are not aligned from half that length on: one block reads a row in
 //   pieces, and for its gradient again, the last piece first, so that it begins with what the cache still holds.
+// - multilabel_in_planes: channels-first logits, whose pixels have a thread each (multilabel_softmax_planes.cuh).
 //
-// Every logit takes the side of its label, so that a positive is left out of the first sum and a negative out of the
-// second; neither is subtracted. Labels between 0 and 1 take both, weighted. The shift of a sum is 0 where no logit is
-// so large that it is needed: then small sums keep their digits, in log1p. No atomics: a row's bits depend on its own
-// values, its width and its alignment alone.
+// No atomics: a row's bits depend on its own values, its width and its alignment alone.
 
-#include "multilabel_softmax.h"
+#include "multilabel_softmax.cuh"
 
 #include <algorithm>
-#include <type_traits>
 
-#include "labels.cuh"
-#include "launches.cuh"
+#include "multilabel_softmax_planes.cuh"
 
 namespace imbalance::cuda {
 namespace {
@@ -28,96 +24,7 @@ constexpr int kWideMultilabelPacks = 8;  // where 32 lanes need more, of aligned
 constexpr int kMultilabelThreads = 128;
 constexpr int kMultilabelSweepPacks = 2;  // at a time
 constexpr int kMultilabelSweepThreads = 512;
-constexpr float kNoShift = 16;  // exponents up to here are summed as they are
 constexpr std::int64_t kMostMultilabelClasses = std::int64_t{1} << 30;
-
-template <class S>
-struct MultilabelRows {
-  using T = Accumulate<S>;
-
-  std::int64_t count;  // N
-  const S* logits;
-  std::int64_t stride;
-  LabelsOf<S> labels;
-  const T* bias;      // (C,) or null
-  const T* upstream;  // (N,), or () with a step of 0; null: one
-  std::int64_t upstream_step;
-  const T* normalizer;  // ()
-  const T* divisor;     // ()
-  T* losses;            // (N,) or null
-  S* d_logits;          // (N, C) or null
-  std::int64_t gradient_stride;
-
-  __device__ __forceinline__ Counted<T> counted(std::int64_t row) const {
-    const bool nothing = row >= count || (normalizer != nullptr && *normalizer == T(0));
-    return nothing ? Counted<T>{false, false, -1, T(0)} : counted_row(labels, row);
-  }
-};
-
-template <class T>
-__device__ __forceinline__ T multilabel_shift(T highest) {
-  return highest > T(kNoShift) ? highest : T(0);
-}
-
-// What is known of both sums of some of a row: they are relative to multilabel_shift of the highest exponents.
-template <class T>
-struct TwoSums {
-  T highest, highest_positive;
-  T negative, positive;
-
-  static __device__ __forceinline__ TwoSums nothing() { return {-infinity<T>(), -infinity<T>(), T(0), T(0)}; }
-
-  // The same, relative to higher exponents.
-  __device__ __forceinline__ TwoSums raised(T to, T to_positive) const {
-    const T by = multilabel_shift(highest) - multilabel_shift(to);
-    const T by_positive = multilabel_shift(highest_positive) - multilabel_shift(to_positive);
-    return {to, to_positive, negative * exponential(by), positive * exponential(by_positive)};
-  }
-  __device__ __forceinline__ TwoSums plus(const TwoSums& other) const {
-    return {highest, highest_positive, negative + other.negative, positive + other.positive};
-  }
-};
-
-template <class T>
-__device__ __forceinline__ TwoSums<T> join(const TwoSums<T>& of_lane, int lanes) {
-  const T highest = max_over_lanes(of_lane.highest, lanes), positive = max_over_lanes(of_lane.highest_positive, lanes);
-  const TwoSums<T> raised = of_lane.raised(highest, positive);
-  return {highest, positive, sum_over_lanes(raised.negative, lanes), sum_over_lanes(raised.positive, lanes)};
-}
-
-// log(1 + sum), of a sum relative to a shift, and 1 + sum relative to it.
-template <class T>
-struct OnePlus {
-  T log, total;
-
-  __device__ __forceinline__ OnePlus(T sum, T shift) {
-    total = sum + std::exp(-shift);
-    log = shift == T(0) ? std::log1p(sum) : shift + std::log(total);
-  }
-};
-
-// The factors of exponentials in a row's gradient, and its shifts.
-template <class T>
-struct TwoFactors {
-  T negative, positive;
-  T shift, shift_of_positives;
-};
-
-// The end of a row that was read: its loss, written if this thread `writes`, and its gradient's factors.
-template <class S>
-__device__ __forceinline__ TwoFactors<Accumulate<S>> finish(const MultilabelRows<S>& rows, std::int64_t row,
-                                                            const Counted<Accumulate<S>>& counted,
-                                                            const TwoSums<Accumulate<S>>& sums, bool writes) {
-  using T = Accumulate<S>;
-  const T shift = multilabel_shift(sums.highest), shift_of_positives = multilabel_shift(sums.highest_positive);
-  const OnePlus<T> negative(sums.negative, shift), positive(sums.positive, shift_of_positives);
-  if (writes && rows.losses) rows.losses[row] = counted.weight * (negative.log + positive.log);
-  T factor = counted.weight;
-  if (rows.upstream) factor *= rows.upstream[row * rows.upstream_step];
-  const T* const divisor = rows.normalizer ? rows.normalizer : rows.divisor;
-  if (divisor) factor /= *divisor;
-  return {factor / negative.total, factor / positive.total, shift, shift_of_positives};
-}
 
 // One pack's part in both sums.
 template <class S, bool dense, bool aligned>
@@ -141,20 +48,7 @@ struct MultilabelPack {
 
   __device__ __forceinline__ void raise(T* highest, T* highest_positive) const {
 #pragma unroll
-    for (int k = 0; k < width; ++k) {
-      if (y[k] != T(1)) *highest = maximum(*highest, z[k]);
-      if (y[k] != T(0) && z[k] != -infinity<T>()) *highest_positive = maximum(*highest_positive, -z[k]);
-    }
-  }
-
-  // What number k adds to the first sum and to the second; of a hard label one exponential serves.
-  __device__ __forceinline__ void exponentials(int k, T shift, T shift_of_positives, T* negative, T* positive) const {
-    const bool is_positive = y[k] == T(1), is_soft = dense && !is_positive && y[k] != T(0);
-    const bool masked = z[k] == -infinity<T>();
-    const T e = exponential(masked ? z[k] : is_positive ? -z[k] - shift_of_positives : z[k] - shift);
-    *negative = is_positive ? T(0) : (T(1) - y[k]) * e;
-    *positive = is_positive ? e : T(0);
-    if (is_soft && !masked) *positive = y[k] * exponential(-z[k] - shift_of_positives);
+    for (int k = 0; k < width; ++k) raise_exponents(z[k], y[k], highest, highest_positive);
   }
 
   __device__ __forceinline__ void add(TwoSums<T>* sums) const {
@@ -162,7 +56,7 @@ struct MultilabelPack {
 #pragma unroll
     for (int k = 0; k < width; ++k) {
       T negative, positive;
-      exponentials(k, shift, shift_of_positives, &negative, &positive);
+      two_exponentials<dense>(z[k], y[k], shift, shift_of_positives, &negative, &positive);
       sums->negative += negative;
       sums->positive += positive;
     }
@@ -174,7 +68,7 @@ struct MultilabelPack {
 #pragma unroll
     for (int k = 0; k < width; ++k) {
       T negative, positive;
-      exponentials(k, factors.shift, factors.shift_of_positives, &negative, &positive);
+      two_exponentials<dense>(z[k], y[k], factors.shift, factors.shift_of_positives, &negative, &positive);
       d[k] = negative * factors.negative - positive * factors.positive;
     }
     store_pack(d_row, columns, pack, d);
@@ -203,7 +97,7 @@ __global__ void __launch_bounds__(kMultilabelThreads)
     Pack<S> numbers[packs];
 #pragma unroll
     for (int i = 0; i < packs; ++i) {
-      numbers[i] = counted.is_read ? load_pack(rows.logits + row * rows.stride, columns, i) : Pack<S>::masks();
+      numbers[i] = counted.is_read ? load_pack(rows.logits + row * rows.image_stride, columns, i) : Pack<S>::masks();
     }
     const auto pack_of = [&](int i) {
       return MultilabelPack<S, dense, aligned>(rows, row, counted.label, columns, i, numbers[i]);
@@ -228,7 +122,7 @@ __global__ void __launch_bounds__(kMultilabelThreads)
     sums.negative = sum_over_lanes(sums.negative, lanes);
     sums.positive = sum_over_lanes(sums.positive, lanes);
     if (row >= rows.count) continue;
-    S* const d_row = rows.d_logits ? rows.d_logits + row * rows.gradient_stride : nullptr;
+    S* const d_row = rows.d_logits ? rows.d_logits + row * rows.gradient_image_stride : nullptr;
     if (counted.is_read) {
       const TwoFactors<T> factors = finish(rows, row, counted, sums, lane == 0);
       if (d_row == nullptr) continue;
@@ -248,6 +142,7 @@ template <class S, bool dense, bool aligned>
 __global__ void __launch_bounds__(kMultilabelSweepThreads)
     multilabel_in_sweeps(const __grid_constant__ MultilabelRows<S> rows) {
   using T = Accumulate<S>;
+  constexpr int together = sizeof(S) < 8 ? kMultilabelSweepPacks : 1;  // float64 would spill
   SHARED_ARRAY(TwoSums<T>, sums_of_warps, kMultilabelSweepThreads / kWarp);
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const int warp = thread / kWarp, lane = thread % kWarp, warps = threads / kWarp;
@@ -255,8 +150,8 @@ __global__ void __launch_bounds__(kMultilabelSweepThreads)
   const int pieces = (rows.labels.classes + length - 1) / length;
   for (std::int64_t row = blockIdx.x; row < rows.count; row += gridDim.x) {
     const Counted<T> counted = rows.counted(row);  // the same for all threads
-    S* const d_row = rows.d_logits ? rows.d_logits + row * rows.gradient_stride : nullptr;
-    const S* const x = rows.logits + row * rows.stride;
+    S* const d_row = rows.d_logits ? rows.d_logits + row * rows.gradient_image_stride : nullptr;
+    const S* const x = rows.logits + row * rows.image_stride;
     if (!counted.is_read) {
       if (rows.losses && thread == 0) rows.losses[row] = counted.value_of_unread();
       for (int piece = 0; d_row && piece < pieces; ++piece) {
@@ -268,7 +163,7 @@ __global__ void __launch_bounds__(kMultilabelSweepThreads)
     TwoSums<T> sums = TwoSums<T>::nothing();
     for (int piece = 0; piece < pieces; ++piece) {
       const Columns<aligned> columns{piece * length, rows.labels.classes, threads, thread};
-#pragma unroll
+#pragma unroll together
       for (int i = 0; i < kMultilabelSweepPacks; ++i) {
         if (!columns.template has<Pack<S>::width>(i)) break;
         const MultilabelPack<S, dense, aligned> pack(rows, row, counted.label, columns, i,
@@ -287,7 +182,7 @@ __global__ void __launch_bounds__(kMultilabelSweepThreads)
     const TwoFactors<T> factors = finish(rows, row, counted, sums, thread == 0);
     for (int piece = pieces - 1; d_row && piece >= 0; --piece) {
       const Columns<aligned> columns{piece * length, rows.labels.classes, threads, thread};
-#pragma unroll
+#pragma unroll together
       for (int i = 0; i < kMultilabelSweepPacks; ++i) {
         if (!columns.template has<Pack<S>::width>(i)) break;
         const MultilabelPack<S, dense, aligned> pack(rows, row, counted.label, columns, i, load_pack(x, columns, i));
@@ -295,13 +190,6 @@ __global__ void __launch_bounds__(kMultilabelSweepThreads)
       }
     }
   }
-}
-
-// f(dense, aligned) as constants.
-template <class Function>
-cudaError_t with_form(bool dense, bool aligned, const Function& f) {
-  if (dense) return aligned ? f(std::true_type{}, std::true_type{}) : f(std::true_type{}, std::false_type{});
-  return aligned ? f(std::false_type{}, std::true_type{}) : f(std::false_type{}, std::false_type{});
 }
 
 template <int packs, class S>
@@ -319,9 +207,11 @@ cudaError_t multilabel_rows_of(const MultilabelLossArguments& a, cudaStream_t st
   using T = Accumulate<S>;
   const MultilabelArguments& call = a.call;
   MultilabelRows<S> rows{};
-  rows.count = call.rows;
+  rows.count = call.rows();
+  rows.pixels = call.pixels;
   rows.logits = static_cast<const S*>(call.logits);
-  rows.stride = call.row_stride;
+  rows.image_stride = call.image_stride;
+  rows.class_stride = call.class_stride;
   rows.labels = labels_of<S>(call);
   rows.bias = static_cast<const T*>(call.bias);
   rows.upstream = static_cast<const T*>(call.upstream);
@@ -330,13 +220,15 @@ cudaError_t multilabel_rows_of(const MultilabelLossArguments& a, cudaStream_t st
   rows.divisor = static_cast<const T*>(a.divisor);
   rows.losses = static_cast<T*>(call.losses);
   rows.d_logits = static_cast<S*>(call.d_logits);
-  rows.gradient_stride = call.gradient_stride;
+  rows.gradient_image_stride = call.gradient_image_stride;
+  rows.gradient_class_stride = call.gradient_class_stride;
+  if (call.pixels > 0) return launch_in_planes(rows, call.dense != nullptr, stream);
   const auto at_packs = [](const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; };
   constexpr int width = Pack<S>::width;
   const bool dense = call.dense != nullptr;
-  const bool aligned = call.classes % width == 0 && call.row_stride % width == 0 && call.gradient_stride % width == 0 &&
-                       at_packs(call.logits) && at_packs(call.d_logits) && at_packs(call.bias) &&
-                       are_aligned(rows.labels);
+  const bool aligned = call.classes % width == 0 && call.image_stride % width == 0 &&
+                       call.gradient_image_stride % width == 0 && at_packs(call.logits) && at_packs(call.d_logits) &&
+                       at_packs(call.bias) && are_aligned(rows.labels);
   if (call.classes <= kWarp * width * kMultilabelPacks) {
     return with_form(dense, aligned, [&](auto is_dense, auto is_aligned) {
       const auto kernel = &multilabel_in_lanes<S, is_dense.value, is_aligned.value, kMultilabelPacks>;
@@ -360,7 +252,7 @@ cudaError_t multilabel_rows_of(const MultilabelLossArguments& a, cudaStream_t st
 }  // namespace
 
 cudaError_t multilabel_rows(const MultilabelLossArguments& arguments, cudaStream_t stream) {
-  if (arguments.call.rows == 0) return cudaSuccess;
+  if (arguments.call.rows() == 0) return cudaSuccess;
   if (arguments.call.classes > kMostMultilabelClasses) return cudaErrorInvalidValue;
   switch (arguments.call.dtype) {
     case Dtype::float32:

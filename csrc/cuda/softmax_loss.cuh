@@ -44,7 +44,6 @@ constexpr int sweep_threads(Map map, bool aligned) {
 constexpr int kPiecePacks = 4;  // in rows_in_pieces
 constexpr int kPieceThreads = 256;
 constexpr unsigned kReservedShared = 4 << 10;  // bytes of a block beside the class vectors
-constexpr double kCacheShare = 0.7;            // of the L2 cache, for rows that are read again
 
 template <class S, Map map, bool aligned, int packs>
 __global__ void __launch_bounds__(kLaneThreads, lane_blocks(map, packs))
@@ -373,8 +372,7 @@ cudaError_t launch_in_sweeps(const Rows<S>& rows, const Results<S>& results, boo
   constexpr int per_thread = kSweepPacks * Pack<S>::width;
   std::int64_t most_rows = INT32_MAX;  // at a time
   if (results.d_logits != nullptr) {   // so few rows at a time that the cache holds them until they are read again
-    const auto row_bytes = std::max(1.0, static_cast<double>(rows.classes) * sizeof(S));
-    most_rows = std::max({1, device.multiprocessors / 2, static_cast<int>(kCacheShare * device.cache / row_bytes)});
+    most_rows = most_at_a_time(device, static_cast<double>(rows.classes) * sizeof(S));
   }
   return with_form<S, false>(rows, aligned, [&](auto form) {
     const auto kernel = &rows_in_sweeps<S, form.map, form.aligned>;
@@ -425,8 +423,7 @@ cudaError_t launch_in_planes(const Rows<S>& rows, const Results<S>& results, cud
         PlaneMemory<Accumulate<S>>{static_cast<unsigned>(groups), static_cast<unsigned>(lanes * width)}.bytes();
     std::int64_t most_tiles = INT32_MAX;                             // at a time
     if (results.d_logits != nullptr && shape_of_block.sweeps > 1) {  // as in launch_in_sweeps
-      const double tile_bytes = static_cast<double>(rows.classes) * sizeof(S) * lanes * width;
-      most_tiles = std::max({1, device.multiprocessors / 2, static_cast<int>(kCacheShare * device.cache / tile_bytes)});
+      most_tiles = most_at_a_time(device, static_cast<double>(rows.classes) * sizeof(S) * lanes * width);
     }
     if (const auto error = fill_device(kernel, ceiling(rows.count, lanes * width), &shape, most_tiles)) return error;
     return launch(kernel, shape, stream, rows, results, shape_of_block);

@@ -139,7 +139,8 @@ def _fake_sigmoid_loss(logits: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
 
 def _fake_multilabel_softmax(logits: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     *_, reduction, with_gradient = options
-    loss = logits.new_empty(logits.shape[:1] if reduction == "none" else (), dtype=accumulate_dtype(logits.dtype))
+    shape = (_num_rows(logits),) if reduction == "none" else ()
+    loss = logits.new_empty(shape, dtype=accumulate_dtype(logits.dtype))
     return loss, logits.new_empty(logits.shape if with_gradient else (0,))
 
 

@@ -51,14 +51,11 @@ class Labels(NamedTuple):
         return tensor.reshape(num_classes, *self.rows_shape).movedim(0, self.class_dim)  # one image of all rows
 
 
-def as_labels(input: Tensor, target: Tensor, class_dim: int, planes: bool = True) -> Labels:
-    """Return input and target as kernels see them, without a copy of the input where its layout allows it.
-
-    Without `planes` they are rows: images with classes first are copied.
-    """
+def as_labels(input: Tensor, target: Tensor, class_dim: int) -> Labels:
+    """Return input and target as kernels see them, without a copy of the input where its layout allows it."""
     class_dim = check_input(input, target, class_dim)
     are_rows = layout.are_rows(input.movedim(class_dim, -1))
-    are_planes = planes and not are_rows and layout.are_planes(input, class_dim)
+    are_planes = not are_rows and layout.are_planes(input, class_dim)
     logits = (layout.as_planes if are_planes else layout.as_rows)(input, class_dim)
     owned = not are_planes and not are_rows
     logits = logits.contiguous() if owned else logits
