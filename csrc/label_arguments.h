@@ -34,7 +34,7 @@ struct MultilabelArguments {
   std::int64_t rows() const { return images * (pixels == 0 ? 1 : pixels); }
 };
 
-// The same.
+// Logits, labels and weights as above; sums of columns are written, or the logits' gradient for that of the sums.
 struct ColumnSumsArguments {
   Dtype dtype;
   std::int64_t images;

@@ -258,7 +258,7 @@ def plot_errors(study: Study, path: Path) -> Path:
     axes.xaxis.set_major_locator(FixedLocator([14, 16, 18, 20, 25, 30, 40, 50, 70]))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("balanced error, %")
+    axes.set_xlabel("balanced error, % (logarithmic)")
     axes.grid(axis="x", color=FAINT)
     explanation = (
         "Fashion-MNIST with 100 images of the most frequent class for one of the rarest; mean and standard error of\n"

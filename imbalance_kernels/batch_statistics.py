@@ -72,7 +72,7 @@ def column_sums(
 
     Raises:
         ValueError, TypeError, IndexError: as `sigmoid_loss`. On an accelerator, unless IMBALANCE_KERNELS_CHECK=1, a
-            class label that is none makes predicted and true_positives NaN, and one in a list is left out.
+            label that is no class makes predicted and true_positives NaN instead.
 
     Example:
         >>> logits = torch.randn(6, 3, requires_grad=True)

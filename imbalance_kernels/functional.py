@@ -140,7 +140,7 @@ def softmax_loss(
         class_dim: 1 as torch has it, or -1 for classes last.
         inplace: the gradient may overwrite input's storage (in forward; float16 and "none" in backward); whoever
             reads it later sees the gradient, and an operation that saved it for its own backward raises there.
-        impl: "reference", "cpu" or None for the best one available.
+        impl: "reference", "cpu", "cuda", "triton" or None for the best one available.
         sample_weight: weights of rows, of target's shape.
         normalizer: a number or tensor () that replaces the divisor of "mean" and "sum"; 0 gives 0.
         return_log_probs: return log p_t of the effective logits too, whatever the objective, smoothing and z-loss.
@@ -153,7 +153,7 @@ def softmax_loss(
         bool, are of target's shape and detached, or None if not asked for. Where a target does not count (it is
         ignored, or the normalizer is 0) they are 0 and False, in a row that is NaN they are NaN and False. Both come
         from the sweep that makes the loss; with impl="cuda" and "triton", and for losses with two temperatures, what is
-        correct takes one more read of the logits.
+        correct takes one more read of the logits (fused, of two temperatures and of radii, one more product).
 
     Raises:
         ValueError: a shape, device or number that does not fit (the message names the argument); return_log_probs or
@@ -515,7 +515,7 @@ def target_and_rest(
         softcap: k > 0, caps raw logits to k tanh(x / k).
         ignore_index: such rows give target 0, rest -inf, shift 0 (log-odds +inf, log-probability 0) and no gradient.
         class_dim: 1 as torch has it, or -1 for classes last.
-        impl: "reference", "cpu" or None.
+        impl: "reference", "cpu", "cuda", "triton" or None for the best one available.
 
     Returns:
         TargetAndRest of target's shape in float32 (float64 for float64).

@@ -202,7 +202,7 @@ class SoftmaxLoss(LossModule):
             sample_weight: weights of rows, of target's shape.
             normalizer: a number or tensor () that replaces the divisor of "mean" and "sum"; 0 gives 0.
             return_log_probs: as in forward, from each chunk's logits as they pass.
-            return_correct: the same.
+            return_correct: the same; losses with two temperatures and radii make the logits once more for it.
 
         Returns:
             The loss, () or of target's shape for reduction="none"; float32 for half-precision input. With

@@ -64,7 +64,7 @@ def multilabel_softmax_loss(
             shape, which could be dense labels or lists of classes.
         TypeError: a dtype that is not supported.
         IndexError: a label that is no class, not the background and not ignore_index. On an accelerator, unless
-            IMBALANCE_KERNELS_CHECK=1, it makes its row NaN instead.
+            IMBALANCE_KERNELS_CHECK=1, it makes its row NaN instead; a row of a wrong list stays in the mean's divisor.
 
     Source: kexue.fm 7359; Su et al. 2022, "ZLPR"; soft labels: kexue.fm 9064.
 

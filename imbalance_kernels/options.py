@@ -41,7 +41,14 @@ class SoftmaxOptions:
         return self.return_log_probs or self.return_correct
 
     def reporting(self, return_log_probs: bool, return_correct: bool) -> SoftmaxOptions:
-        """Return the options of a call that asks for these."""
+        """Return the options of a call that asks for these.
+
+        Raises:
+            TypeError: one of them is no bool.
+        """
+        for name, value in (("return_log_probs", return_log_probs), ("return_correct", return_correct)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} is {value!r}, but it must be True or False")
         if not (return_log_probs or return_correct):
             return self
         return replace(self, return_log_probs=return_log_probs, return_correct=return_correct)

@@ -111,7 +111,7 @@ def sigmoid_loss(
     """Return the reduced loss of `options`, or for "none" that of each logit; N = B * P where channels come first.
 
     A logit whose sample weight is 0 costs exactly 0, whatever it holds, and so does one whose row is ignored; a row
-    whose target is neither a class nor the background is NaN.
+    whose target is neither a class nor the background, or lists what is no class, is NaN.
     """
     dtype = accumulate_dtype(logits.dtype)
     x = logits.to(dtype)
@@ -125,7 +125,9 @@ def sigmoid_loss(
     if target.dim() == 1:
         rows = RowTargets.of(target, logits.shape[1] + 1, options.ignore_index)  # background is a label too
         ignored = ignored | _per_logit(rows.ignored, logits)
-        x = torch.where(_per_logit(rows.valid | rows.ignored, logits), x, math.nan)
+    wrong = _wrong_rows(target, logits.shape[1], options.ignore_index)
+    if wrong is not None:
+        x = _poisoned(x, _per_logit(wrong, logits))
     if normalizer is not None:
         ignored = ignored | (normalizer == 0)
     x = _without(x, ignored.expand_as(x))
@@ -179,9 +181,6 @@ def multilabel_softmax(
     if logits.dim() == 3:
         x, y = (each.transpose(1, 2).reshape(-1, logits.shape[1]) for each in (x, y))
     x, uncounted, num_valid = _counted_rows(x, target, options.ignore_index, sample_weight, normalizer)
-    if target.dim() == 2 and not target.is_floating_point() and target.dtype != torch.bool:
-        outside = ((target < 0) | (target >= logits.shape[1])) & (target != options.ignore_index)
-        x = _poisoned(x, outside.any(dim=1) & ~uncounted)
     masked = x == -math.inf
     x = _without(x, masked)
     z = x if options.bias is None else x + options.bias
@@ -209,7 +208,7 @@ def column_sums(
 
     p is a sigmoid, or the softmax of a row, where a logit of -inf is a masked class; a row of nothing else is NaN. A
     row whose sample weight is 0, or whose label is ignored, adds nothing, whatever it holds; one whose label is neither
-    a class nor the background makes the sums of p and of y p NaN.
+    a class nor the background, or that lists what is no class, makes the sums of p and of y p NaN.
     """
     x = logits.to(accumulate_dtype(logits.dtype))
     y = dense_labels(target, logits, ignore_index).to(x.dtype)
@@ -220,9 +219,9 @@ def column_sums(
     weight = torch.ones_like(uncounted, dtype=x.dtype) if sample_weight is None else sample_weight
     weight = torch.where(uncounted, 0.0, weight)[:, None]  # (N, 1)
     true_positive = torch.where(y == 0, torch.zeros_like(p), y * p)
-    if target.dim() == 1:  # a wrong label is NaN in both sums
-        wrong = ~RowTargets.of(target, logits.shape[1] + 1, ignore_index).valid & ~uncounted
-        true_positive = true_positive + torch.where(wrong, math.nan, 0.0).to(x.dtype)[:, None]
+    wrong = _wrong_rows(target, logits.shape[1], ignore_index)
+    if wrong is not None:  # NaN in both sums, of all classes
+        true_positive = true_positive + torch.where(wrong & ~uncounted, math.nan, 0.0).to(x.dtype)[:, None]
     return (weight * p).sum(dim=0), (weight * true_positive).sum(dim=0), (weight * y).sum(dim=0)
 
 
@@ -260,14 +259,25 @@ def _counted_rows(
     if target.dim() == 1:
         rows = RowTargets.of(target, x.shape[1] + 1, ignore_index)  # background is a label too
         uncounted = uncounted | rows.ignored
-        x = _poisoned(x, ~rows.valid & ~uncounted)
         num_valid = rows.valid.sum()
+    wrong = _wrong_rows(target, x.shape[1], ignore_index)
+    if wrong is not None:
+        x = _poisoned(x, (wrong & ~uncounted)[:, None])
     return _without(x, uncounted[:, None]), uncounted, num_valid
 
 
+def _wrong_rows(target: Tensor, num_classes: int, ignore_index: int) -> Tensor | None:
+    """Return whether a row's label is neither a class nor the background, or a list names what is no class (N,)."""
+    if target.is_floating_point() or target.dtype == torch.bool:
+        return None
+    no_class = (target < 0) | (target > num_classes if target.dim() == 1 else target >= num_classes)
+    wrong = no_class & (target != ignore_index)
+    return wrong if target.dim() == 1 else wrong.any(dim=1)
+
+
 def _poisoned(x: Tensor, wrong: Tensor) -> Tensor:
-    """Return x (N, C) with NaN in wrong rows (N,), in their gradient too."""
-    return x * torch.where(wrong, math.nan, 1.0).to(x.dtype)[:, None]
+    """Return x with NaN where it is wrong, in its gradient too."""
+    return x * torch.where(wrong, math.nan, 1.0).to(x.dtype)
 
 
 def _sigmoid_slope(x: Tensor) -> Tensor:

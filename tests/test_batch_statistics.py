@@ -113,7 +113,7 @@ LAYOUTS = {
 SIZES = {
     (2, 5, 7, 9): "a piece of an image",
     (2, 3, 50, 53): "two pieces",
-    (70, 4, 1, 3): "images narrower than a vector",
+    (9, 4, 1, 3): "images narrower than a vector",
 }
 
 
@@ -300,25 +300,22 @@ def test_nothing_there(from_softmax, impl):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @each_p
 def test_labels_out_of_range(from_softmax, impl, monkeypatch):
-    """They raise where they can be read; else a class label makes the sums NaN, and one of a list is left out."""
+    """They raise where they can be read, else they make the sums NaN."""
     x = torch.randn(3, 4)
-    wrong = (torch.tensor([0, 5, 1]), torch.tensor([0, -1, 1]), torch.tensor([[0, 4, 1]] * 3))
+    wrong = [torch.tensor(target) for target in ([0, 5, 1], [0, -1, 1], [[0, 1, 1], [0, 4, 1], [2, -100, -100]])]
     for target in wrong:
         with pytest.raises(IndexError, match=r"target (5|-1|4) is out of bounds"):
             column_sums(x, target, from_softmax=from_softmax, impl=impl)
     if impl == "cpu":
         return
     monkeypatch.setattr(labels, "may_read_values", lambda logits: False)  # as on a GPU
-    for target in wrong[:2]:
+    for target in wrong:
         for leaf, given in ((x.clone(), target), (x.t()[None].contiguous(), target[None])):
             sums = column_sums(leaf.requires_grad_(True), given, from_softmax=from_softmax, impl=impl)
             assert sums.predicted.isnan().all() and sums.true_positives.isnan().all()
             (gradient,) = torch.autograd.grad(sums.predicted.sum(), leaf)
             rows = gradient if leaf.dim() == 2 else gradient[0].t()
             assert rows.isnan().tolist() == [[False] * 4, [True] * 4, [False] * 4]
-    sums = column_sums(x, wrong[2], from_softmax=from_softmax, impl=impl)
-    want = column_sums(x, wrong[2][:, [0, 2]], from_softmax=from_softmax, impl=impl)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(sums, want, strict=True))
 
 
 @pytest.mark.parametrize("impl", KERNELS)

@@ -73,7 +73,7 @@ def kind_of(symbol: str):
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory, worker_id, testrun_uid):
-    """compile(source, architecture) -> (cubin, kernels of rows), once each, also by several workers of one run."""
+    """compile(source, architecture) -> (cubin, kernels of rows), once each, seldom twice by a run's workers."""
     require_nvcc()
     folder = tmp_path_factory.getbasetemp()
     if worker_id != "master":

@@ -135,6 +135,7 @@ def test_losses_of_labels_are_those_of_the_reference(dtype, impl):
     images = torch.randn(3, 19, 8, 9).to(dtype)
     lists = torch.where(torch.rand(50, 4) < 0.5, torch.randint(91, (50, 4)), -1)
     rows = torch.randn(50, 91).to(dtype)
+    wide, wide_lists = torch.randn(3, 5001).to(dtype), torch.randint(5001, (3, 4))
 
     def sums(logits, target, **keywords):
         found = column_sums(logits, target, **keywords)
@@ -145,6 +146,8 @@ def test_losses_of_labels_are_those_of_the_reference(dtype, impl):
     for function, logits, target in (
         (sigmoid_loss, images, labels),
         (multilabel_softmax_loss, rows, lists),
+        (multilabel_softmax_loss, wide, wide_lists),
+        (sums_of_softmax, wide, wide_lists),
         (multilabel_softmax_loss, images, labels),
         (multilabel_softmax_loss, images, images > 1),
         (sums, rows, lists),

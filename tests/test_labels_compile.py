@@ -12,7 +12,9 @@ from test_triton_compile import HALVES, results
 CUDA = [SOURCES[0].parent / f"{stem}.cu" for stem in ("multilabel_softmax", "column_sums")]
 KERNELS = {
     "multilabel_softmax": ("multilabel_in_lanes", "multilabel_in_sweeps", "multilabel_in_planes"),
-    "column_sums": ("columns_of_rows", "columns_of_images", "gradient_of_rows", "gradient_of_images"),
+    "column_sums": tuple(
+        f"{kernel}_of_{shape}" for kernel in ("columns", "gradient", "softmax") for shape in ("rows", "images")
+    ),
 }
 SPILLED = 32  # bytes a thread, of some forms
 SPILLED_DOUBLE = 256  # of float64, which is for tests
@@ -52,7 +54,7 @@ def check(found):
         if "total" not in kernel["kernel"] and width % 8 == 0 and case["dtype"] != "float64":
             assert kernel["loads"] > 0, (case, kernel)
     names = {kernel["kernel"].partition(".")[2] for _, kernel in compiled}
-    assert {"_rows", "_long_rows", "_planes", "_long_planes"} <= names
+    assert {"_rows", "_long_rows", "_planes", "_long_planes", "_sums", "_gradient", "_softmax"} <= names
 
 
 def test_triton_spills_next_to_nothing_and_loads_vectors():

@@ -42,6 +42,14 @@ IMAGES = {
 ARRANGEMENTS = ("rows", "images")
 
 
+# Triton's interpreter takes half a minute for images of so many classes.
+IMAGE_CASES = [
+    (impl, dtype, shape)
+    for impl, dtype, shape in itertools.product(IMPLEMENTATIONS, DTYPES, IMAGES)
+    if impl != "triton" or shape[1] < 5000 or dtype == torch.float32
+]
+
+
 def arranged(*shapes):
     """Each shape (N, C) as rows and as images, whose kernels do not change any more where rows' still do."""
     cases = [(shape, arrangement) for shape in shapes for arrangement in ARRANGEMENTS]
@@ -120,9 +128,7 @@ def test_loss(kind, impl, dtype, shape):
         check(logits, make_target(kind, *shape, dtype), impl, reduction)
 
 
-@pytest.mark.parametrize("shape", IMAGES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl, dtype, shape", IMAGE_CASES, ids=str)
 @pytest.mark.parametrize("kind", TARGETS)
 def test_images(kind, impl, dtype, shape):
     """Channels-first images give what their pixels give as rows."""
@@ -202,7 +208,7 @@ def test_extreme_logits(impl, dtype, shape, arrangement):
         torch.testing.assert_close(found.double(), gradient, rtol=2e-5, atol=1e-30)
 
 
-@arranged((40, 7), (4, 601), (4, 5001), (4, 20001))
+@arranged((40, 7), (4, 601), (4, 1201), (4, 20001))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_infinite_logits(impl, dtype, shape, arrangement):
@@ -580,8 +586,6 @@ def test_shapes_of_the_operation(impl, shape):
 @pytest.mark.parametrize("impl", [None, *KERNELS])
 def test_compile(impl, reduction):
     """One graph, whatever the number of images and the height."""
-    if impl == "cuda":
-        pytest.skip("the emulated operations compile with rows in tests/test_behaviour.py")
     module = ik.MultilabelSoftmaxLoss(0.5, reduction=reduction, impl=impl)
 
     def step(h, target):

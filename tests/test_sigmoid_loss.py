@@ -11,9 +11,7 @@ from test_softmax_loss import DTYPES, GRADIENT_TOLERANCE, VALUE_TOLERANCE
 
 from imbalance_kernels.binary_objectives import BINARY_REGISTRY
 from imbalance_kernels.functional import sigmoid_loss
-from imbalance_kernels.ops.kernel_arguments import sigmoid_arguments
-from imbalance_kernels.ops.kernels import kernels
-from imbalance_kernels.options import SigmoidOptions
+from imbalance_kernels.ops import labels
 
 SHAPES = {
     (1, 1): "one logit",
@@ -301,19 +299,27 @@ def test_nothing_there(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_labels_out_of_range_raise(impl):
+def test_labels_out_of_range(impl, monkeypatch):
+    """They raise where they can be read, else their rows are NaN."""
     x = torch.randn(3, 4)
-    for target, message in (
+    wrong = (
         (torch.tensor([0, 5, 1]), r"target 5 is out of bounds.*\[0, 4\].*background"),
         (torch.tensor([0, -1, 1]), "target -1 is out of bounds"),
-        (torch.tensor([[0, 4, 1]] * 3), r"target 4 is out of bounds.*\[0, 3\]"),
-    ):
+        (torch.tensor([[0, 1, 1], [0, 4, 1], [2, -100, -100]]), r"target 4 is out of bounds.*\[0, 3\]"),
+    )
+    for target, message in wrong:
         with pytest.raises(IndexError, match=message):
             sigmoid_loss(x, target, impl=impl)
-        if impl in ("cuda", "triton"):  # on a GPU nobody reads them but the kernels: their rows are NaN
-            arguments = sigmoid_arguments(target, SigmoidOptions(reduction="none"), None, None)
-            loss, _ = kernels(impl).sigmoid_loss(x, *arguments, False)
-            assert loss.isnan().any(dim=1).tolist() == [target.dim() == 2, True, target.dim() == 2]
+    if impl == "cpu":
+        return
+    monkeypatch.setattr(labels, "may_read_values", lambda logits: False)  # as on a GPU
+    for target, _ in wrong:
+        for leaf, given in ((x.clone(), target), (x.t()[None].contiguous(), target[None])):
+            loss = sigmoid_loss(leaf.requires_grad_(), given, reduction="none", impl=impl)
+            (gradient,) = torch.autograd.grad(loss, leaf, torch.randn_like(loss))
+            for found in (loss, gradient):
+                rows = found if leaf.dim() == 2 else found[0].t()
+                assert rows.isnan().tolist() == [[False] * 4, [True] * 4, [False] * 4]
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

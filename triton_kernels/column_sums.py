@@ -93,7 +93,7 @@ def _steps(pixels, classes, image_stride, stride, IS_IMAGE: tl.constexpr, UNIT: 
 
 
 @triton.jit
-def _rows_of(tensors, tile, steps, ignore_index, ROWS: tl.constexpr):
+def _rows_of(tensors, tile, steps, ignore_index, list_length, ROWS: tl.constexpr):
     """Return the Rows of a tile."""
     dtype: tl.constexpr = tl.float64 if tensors.logits.dtype.element_ty == tl.float64 else tl.float32
     tiles_of_image = tl.cdiv(steps.pixels, ROWS)
@@ -101,7 +101,9 @@ def _rows_of(tensors, tile, steps, ignore_index, ROWS: tl.constexpr):
     at = (tile % tiles_of_image).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     exist = at < steps.pixels
     index = image * steps.pixels + at
-    counted = counted_rows(index, exist, steps.classes, ignore_index, tensors.labels, tensors.sample_weight, dtype)
+    counted = counted_rows(
+        index, exist, steps.classes, ignore_index, list_length, tensors.labels, tensors.sample_weight, dtype
+    )
     weight = tl.where(counted.is_read, counted.weight, 0.0)[:, None]
     poison = tl.where(counted.outside, float("nan"), 0.0).to(dtype)[:, None]
     is_read = counted.is_read[:, None]
@@ -182,7 +184,7 @@ def _sums(
     part = tl.program_id(0).to(tl.int64)
     column_block = tl.program_id(1)
     for tile in range(part * tiles_of_part, tl.minimum((part + 1) * tiles_of_part, tiles)):
-        rows = _rows_of(tensors, tile, steps, ignore_index, ROWS)
+        rows = _rows_of(tensors, tile, steps, ignore_index, list_length, ROWS)
         block = _load(tensors, rows, column_block, steps, ignore_index, list_length, IS_IMAGE, BLOCK, "evict_first")
         if tensors.softmax is not None:
             shift = tl.load(tensors.softmax + 2 * rows.index, mask=rows.is_read, other=0.0)
@@ -220,7 +222,7 @@ def _gradient(
 ):
     steps = _steps(pixels, classes, image_stride, stride, IS_IMAGE, UNIT)
     column_block = tl.program_id(1)
-    rows = _rows_of(tensors, tl.program_id(0), steps, ignore_index, ROWS)
+    rows = _rows_of(tensors, tl.program_id(0), steps, ignore_index, list_length, ROWS)
     block = _load(tensors, rows, column_block, steps, ignore_index, list_length, IS_IMAGE, BLOCK, "evict_first")
     p, n = _sigmoid(block.x)
     d = rows.weight * (p * n) * _of_p(block, d_predicted, d_true_positives, column_block, BLOCK) + rows.poison
@@ -247,7 +249,7 @@ def _softmax(
 ):
     dtype: tl.constexpr = tl.float64 if tensors.logits.dtype.element_ty == tl.float64 else tl.float32
     steps = _steps(pixels, classes, image_stride, stride, IS_IMAGE, UNIT)
-    rows = _rows_of(tensors, tl.program_id(0), steps, ignore_index, ROWS)
+    rows = _rows_of(tensors, tl.program_id(0), steps, ignore_index, list_length, ROWS)
     zero = tl.zeros((ROWS, 1), dtype)
     highest = zero - float("inf")
     total = zero

@@ -27,7 +27,7 @@ class Counted(NamedTuple):
     """What rows there are and how much they count; of the shape of their index."""
 
     is_read: Any
-    outside: Any  # the label is neither a class, nor the background, nor ignored: NaN
+    outside: Any  # the label is neither class, background nor ignored, or a list names what is no class: NaN
     label: Any  # class, -1 where there is none
     weight: Any
 
@@ -52,7 +52,7 @@ def labels_of(logits: Tensor, target: Tensor, num_rows: int) -> Labels:
 
 
 @triton.jit
-def counted_rows(index, exists, classes, ignore_index, labels, sample_weight, dtype: tl.constexpr):
+def counted_rows(index, exists, classes, ignore_index, list_length, labels, sample_weight, dtype: tl.constexpr):
     """Return Counted of the rows at `index`, as far as they exist."""
     is_read = exists
     outside = index < 0
@@ -68,6 +68,14 @@ def counted_rows(index, exists, classes, ignore_index, labels, sample_weight, dt
         outside = is_read & (valid == 0)
         is_read = is_read & valid
         label = tl.where(is_read, given, -1).to(tl.int32)
+    if labels.lists is not None:
+        wrong = label * 0
+        for k in range(0, list_length):
+            entry = tl.load(labels.lists + index * list_length + k, mask=is_read, other=ignore_index)
+            is_class = (entry >= 0) & (entry < classes)
+            wrong += tl.where(is_class | (entry == ignore_index), 0, 1)
+        outside = wrong > 0
+        is_read = is_read & (wrong == 0)
     return Counted(is_read, outside, label, weight)
 
 

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from imbalance_kernels.options import accumulate_dtype
-from imbalance_kernels.triton_kernels.labels import Counted, Labels, counted_rows, labels_of, load_labels
+from imbalance_kernels.triton_kernels.labels import Labels, counted_rows, labels_of, load_labels
 from imbalance_kernels.triton_kernels.launch import (
     check_logits,
     forms_of,
@@ -161,17 +161,9 @@ def _counted(index, num_rows, classes, ignore_index, list_length, rows, reductio
     limit = num_rows
     if reduction.normalizer is not None:
         limit = tl.where(tl.load(reduction.normalizer) == 0, 0, num_rows)
-    counted = counted_rows(index, index < limit, classes, ignore_index, rows.labels, reduction.sample_weight, dtype)
-    if rows.labels.lists is not None:
-        at = rows.labels.lists + index * list_length
-        wrong = counted.label * 0
-        for k in range(0, list_length):
-            entry = tl.load(at + k, mask=counted.is_read, other=ignore_index)
-            is_class = (entry >= 0) & (entry < classes)
-            wrong += tl.where(is_class | (entry == ignore_index), 0, 1)
-        return Counted(counted.is_read & (wrong == 0), wrong > 0, counted.label, counted.weight)
-    else:
-        return counted
+    return counted_rows(
+        index, index < limit, classes, ignore_index, list_length, rows.labels, reduction.sample_weight, dtype
+    )
 
 
 @triton.jit

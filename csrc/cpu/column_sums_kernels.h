@@ -8,9 +8,9 @@
 // add to the sums one by one, and never become one-hot.
 //
 // A softmax takes whole rows, or runs of an image's pixels with all their classes, whose exponentials stay in scratch
-// between its sums and what is made of it: each logit is read from memory once and costs one exponential. Its gradient
-// is p (g - sum p g), where g is that of p. Of a sure row both g and the sum are nearly the g of the highest logit, so
-// that is taken off all of them first, and what is left is small and exact.
+// between its sums and what is made of it: each logit is read from memory once, while a row fits the cache, and costs
+// one exponential. Its gradient is p (g - sum p g), where g is that of p. Of a sure row both g and the sum are nearly
+// the g of the highest logit, so that is taken off all of them first, and what is left is small and exact.
 //
 // One source for AVX-512, AVX2, SSE2 and NEON: column_sums_<instruction set>.cpp includes it.
 #pragma once
@@ -28,9 +28,9 @@ constexpr int64_t kFewestRows = 64;         // of a tile: its sums take a tenth 
 constexpr int64_t kMostChunks = 64;         // of rows
 constexpr int64_t kFloatRows = 32;          // that are summed in float
 constexpr int64_t kGathered = 64;           // logits of listed labels, to share the lanes
-constexpr int64_t kMostPixels = 512;        // of a softmax's run: what it knows of each stays in the L1 cache,
-constexpr int64_t kExponentials = 1 << 16;  // and all their exponentials in L2, if they are not
-constexpr int64_t kFewestPixels = 32;       // so few: two cache lines of floats, which shorter runs would read in vain
+constexpr int64_t kMostPixels = 512;        // of a softmax's run: what is known of each stays in the L1 cache
+constexpr int64_t kExponentials = 1 << 16;  // of a run: they stay in the L2 cache
+constexpr int64_t kFewestPixels = 32;       // of a run, whatever its exponentials: two cache lines of floats
 
 constexpr int64_t ceiling(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -48,25 +48,13 @@ std::size_t bytes_of_dense(const LabelsOf<S>& labels) {
 template <class T>
 struct Counted {
   bool is_read;  // its weight is not 0 and its label not ignored
-  bool outside;  // its label is neither a class nor the background: NaN
+  bool outside;  // its label is neither a class nor the background, or its list names what is no class: NaN
   int label;     // class, -1 where there is none
   T weight;
 
   // What is written for a row that is not read.
   __device__ __forceinline__ T value_of_unread() const { return outside ? std::numeric_limits<T>::quiet_NaN() : T(0); }
 };
-
-template <class S>
-__device__ __forceinline__ Counted<Accumulate<S>> counted_row(const LabelsOf<S>& labels, std::int64_t row) {
-  using T = Accumulate<S>;
-  const T weight = labels.sample_weight ? labels.sample_weight[row] : T(1);
-  if (weight == T(0)) return {false, false, -1, weight};
-  if (labels.labels == nullptr) return {true, false, -1, weight};
-  const std::int64_t label = labels.labels[row];
-  if (label == labels.ignore_index) return {false, false, -1, weight};
-  if (label < 0 || label > labels.classes) return {false, true, -1, weight};
-  return {true, false, static_cast<int>(label), weight};
-}
 
 // Whether a row's list names what is no class.
 template <class S>
@@ -78,6 +66,21 @@ __device__ __forceinline__ bool lists_no_class(const LabelsOf<S>& labels, std::i
     outside |= (listed < 0 || listed >= labels.classes) && listed != labels.ignore_index;
   }
   return outside;
+}
+
+template <class S>
+__device__ __forceinline__ Counted<Accumulate<S>> counted_row(const LabelsOf<S>& labels, std::int64_t row) {
+  using T = Accumulate<S>;
+  const T weight = labels.sample_weight ? labels.sample_weight[row] : T(1);
+  if (weight == T(0)) return {false, false, -1, weight};
+  if (labels.labels == nullptr) {
+    const bool outside = lists_no_class(labels, row);
+    return {!outside, outside, -1, weight};
+  }
+  const std::int64_t label = labels.labels[row];
+  if (label == labels.ignore_index) return {false, false, -1, weight};
+  if (label < 0 || label > labels.classes) return {false, true, -1, weight};
+  return {true, false, static_cast<int>(label), weight};
 }
 
 // The labels of a pack of a row, as numbers from 0 to 1.

@@ -37,9 +37,7 @@ struct MultilabelRows {
 
   __device__ __forceinline__ Counted<T> counted(std::int64_t row) const {
     const bool nothing = row >= count || (normalizer != nullptr && *normalizer == T(0));
-    if (nothing) return {false, false, -1, T(0)};
-    const Counted<T> counted = counted_row(labels, row);
-    return counted.is_read && lists_no_class(labels, row) ? Counted<T>{false, true, -1, counted.weight} : counted;
+    return nothing ? Counted<T>{false, false, -1, T(0)} : counted_row(labels, row);
   }
 };
 

@@ -39,8 +39,8 @@ def multilabel_softmax(
     check_reduction(options.reduction)
     check_class_vector("prior", options.bias, num_classes)
     if threshold != 0:
-        bias = torch.zeros(num_classes, dtype=torch.float64) if options.bias is None else options.bias
-        options = replace(options, bias=bias - threshold)
+        nothing = torch.zeros(num_classes, dtype=torch.float64, device=input.device)  # made there: no copy to wait for
+        options = replace(options, bias=(nothing if options.bias is None else options.bias) - threshold)
     loss = label_loss(
         reference.multilabel_softmax,
         input,
