@@ -237,97 +237,6 @@ BinaryObjectiveKind binary_objective_of(std::string_view name) {
   TORCH_CHECK_VALUE(false, "objective is '", name, "', which the kernels do not know");
 }
 
-// What the kernels of sigmoid_loss get, and the tensors that own its memory.
-class Labelled {
- public:
-  SigmoidArguments arguments{};
-
-  Labelled(const Tensor& logits, const Tensor& d_logits, SIGMOID_PARAMETERS) : logits_(logits) {
-    const bool images = logits.dim() == 3;
-    TORCH_CHECK_VALUE(images || logits.dim() == 2, "logits must be (N, C) rows or (B, C, P) images");
-    TORCH_CHECK_VALUE(logits.size(-1) <= 1 || logits.stride(-1) == 1, "logits must have a last dimension of stride 1");
-    arguments.dtype = dtype_of(logits);
-    arguments.images = logits.size(0);
-    arguments.classes = logits.size(1);
-    arguments.pixels = images ? logits.size(2) : 0;
-    if (images && arguments.pixels == 0) arguments.images = 0;
-    arguments.logits = logits.const_data_ptr();
-    arguments.image_stride = logits.stride(0);
-    arguments.class_stride = images ? logits.stride(1) : 1;
-    check_device("target", target, logits);
-    set_target(target);
-    arguments.ignore_index = ignore_index;
-    TORCH_CHECK_VALUE(reduction == "none" || reduction == "sum" || reduction == "mean", "reduction is '", reduction,
-                      "'");
-    TORCH_CHECK_VALUE(!normalizer || normalizer->numel() == 1, "normalizer must be one number");
-    arguments.objective = binary_objective_of(objective);
-    TORCH_CHECK_VALUE(objective_parameters.size() <= 3, "objective_parameters holds more than 3 numbers");
-    std::copy(objective_parameters.begin(), objective_parameters.end(), arguments.objective_parameters);
-    arguments.class_parameter = class_vector("class_parameter", class_parameter);
-    arguments.positive = positive;
-    arguments.negative = negative;
-    arguments.positive_weight = class_vector("positive_weight", positive_weight);
-    arguments.negative_weight = class_vector("negative_weight", negative_weight);
-    arguments.bias = class_vector("bias", bias);
-    arguments.weight_of_logits = sample_weight && sample_weight->dim() == logits.dim();
-    if (sample_weight && !arguments.weight_of_logits) {
-      TORCH_CHECK_VALUE(sample_weight->dim() == 1 && sample_weight->size(0) == arguments.rows(),
-                        "sample_weight must be (N,)");
-      arguments.sample_weight = constant("sample_weight", *sample_weight);
-    } else if (sample_weight) {
-      arguments.sample_weight = of_logits("sample_weight", *sample_weight);
-    }
-    if (d_logits.defined()) {
-      arguments.d_logits = d_logits.mutable_data_ptr();
-      arguments.gradient_image_stride = d_logits.stride(0);
-      arguments.gradient_class_stride = images ? d_logits.stride(1) : 1;
-    }
-  }
-
-  const void* of_logits(const char* name, const Tensor& tensor) {
-    TORCH_CHECK_VALUE(tensor.sizes() == logits_.sizes(), name, " must have the logits' shape");
-    return constant(name, tensor);
-  }
-
-  const void* scalar(const char* name, const OptionalTensor& scalar) {
-    return scalar ? keep(number(name, *scalar, logits_)).const_data_ptr() : nullptr;
-  }
-
- private:
-  const Tensor logits_;
-  std::vector<Tensor> kept_;
-
-  const Tensor& keep(const Tensor& tensor) { return kept_.emplace_back(tensor.contiguous()); }
-
-  const void* constant(const char* name, const Tensor& tensor) {
-    TORCH_CHECK_TYPE(tensor.scalar_type() == accumulate_type(logits_), name, " must be ", accumulate_type(logits_));
-    check_device(name, tensor, logits_);
-    return keep(tensor).const_data_ptr();
-  }
-
-  const void* class_vector(const char* name, const OptionalTensor& vector) {
-    if (!vector) return nullptr;
-    TORCH_CHECK_VALUE(vector->dim() == 1 && vector->size(0) == arguments.classes, name, " must be (C,)");
-    return constant(name, *vector);
-  }
-
-  void set_target(const Tensor& target) {
-    const bool boolean = target.scalar_type() == at::kBool;
-    if (boolean || at::isFloatingType(target.scalar_type())) {
-      TORCH_CHECK_VALUE(target.sizes() == logits_.sizes(), "dense labels must have the logits' shape");
-      const bool as_logits = target.scalar_type() == logits_.scalar_type();
-      arguments.label_type = boolean ? LabelType::boolean : as_logits ? LabelType::logits : LabelType::accumulate;
-      arguments.dense = keep(boolean || as_logits ? target : target.to(accumulate_type(logits_))).const_data_ptr();
-      return;
-    }
-    TORCH_CHECK_VALUE((target.dim() == 1 || target.dim() == 2) && target.size(0) == arguments.rows(),
-                      "target must be (N,) labels or (N, K) lists of classes");
-    const int64_t* const indices = keep(target.to(at::kLong)).const_data_ptr<int64_t>();
-    (target.dim() == 1 ? arguments.labels : arguments.lists) = indices;
-    arguments.list_length = target.dim() == 1 ? 0 : target.size(1);
-  }
-};
-
 #define MULTILABEL_SCHEMA \
   "Tensor target, Tensor? bias, Tensor? sample_weight, Tensor? normalizer, int ignore_index, str reduction"
 #define MULTILABEL_PARAMETERS                                                            \
@@ -378,12 +287,30 @@ class BesideLogits {
     if (target.dim() == 2 && indices == nullptr) arguments->lists = &kNoLabel;
   }
 
+  // Sets the layout of the gradient where there is one.
+  template <class Arguments>
+  void set_gradient(const Tensor& d_logits, Arguments* arguments) const {
+    if (!d_logits.defined()) return;
+    arguments->d_logits = d_logits.mutable_data_ptr();
+    arguments->gradient_image_stride = d_logits.stride(0);
+    arguments->gradient_class_stride = d_logits.stride(1);
+  }
+
+  static void check_reduction(std::string_view reduction, const OptionalTensor& normalizer) {
+    TORCH_CHECK_VALUE(reduction == "none" || reduction == "sum" || reduction == "mean", "reduction is '", reduction,
+                      "'");
+    TORCH_CHECK_VALUE(!normalizer || normalizer->numel() == 1, "normalizer must be one number");
+  }
+
   const void* vector(const char* name, const OptionalTensor& vector, int64_t size) {
     if (!vector) return nullptr;
     TORCH_CHECK_VALUE(vector->dim() == 1 && vector->size(0) == size, name, " must be (", size, ",)");
-    TORCH_CHECK_TYPE(vector->scalar_type() == accumulate_type(logits_), name, " must be ", accumulate_type(logits_));
-    check_device(name, *vector, logits_);
-    return keep(*vector).const_data_ptr();
+    return constant(name, *vector);
+  }
+
+  const void* of_logits(const char* name, const Tensor& tensor) {
+    TORCH_CHECK_VALUE(tensor.sizes() == logits_.sizes(), name, " must have the logits' shape");
+    return constant(name, tensor);
   }
 
   const void* scalar(const char* name, const OptionalTensor& scalar) {
@@ -396,6 +323,38 @@ class BesideLogits {
   std::vector<Tensor> kept_;
 
   const Tensor& keep(const Tensor& tensor) { return kept_.emplace_back(tensor.contiguous()); }
+
+  const void* constant(const char* name, const Tensor& tensor) {
+    TORCH_CHECK_TYPE(tensor.scalar_type() == accumulate_type(logits_), name, " must be ", accumulate_type(logits_));
+    check_device(name, tensor, logits_);
+    return keep(tensor).const_data_ptr();
+  }
+};
+
+// What the kernels of sigmoid_loss get, and the tensors that own its memory.
+class SigmoidCall : public BesideLogits {
+ public:
+  SigmoidArguments arguments{};
+
+  SigmoidCall(const Tensor& logits, const Tensor& d_logits, SIGMOID_PARAMETERS) : BesideLogits(logits) {
+    set_logits(&arguments);
+    set_labels(target, arguments.rows(), &arguments);
+    set_gradient(d_logits, &arguments);
+    check_reduction(reduction, normalizer);
+    arguments.ignore_index = ignore_index;
+    arguments.objective = binary_objective_of(objective);
+    TORCH_CHECK_VALUE(objective_parameters.size() <= 3, "objective_parameters holds more than 3 numbers");
+    std::copy(objective_parameters.begin(), objective_parameters.end(), arguments.objective_parameters);
+    arguments.class_parameter = vector("class_parameter", class_parameter, arguments.classes);
+    arguments.positive = positive;
+    arguments.negative = negative;
+    arguments.positive_weight = vector("positive_weight", positive_weight, arguments.classes);
+    arguments.negative_weight = vector("negative_weight", negative_weight, arguments.classes);
+    arguments.bias = vector("bias", bias, arguments.classes);
+    arguments.weight_of_logits = sample_weight && sample_weight->dim() == logits.dim();
+    arguments.sample_weight = arguments.weight_of_logits ? of_logits("sample_weight", *sample_weight)
+                                                         : vector("sample_weight", sample_weight, arguments.rows());
+  }
 };
 
 // What the kernels of multilabel_softmax get.
@@ -407,16 +366,10 @@ class MultilabelCall : public BesideLogits {
     set_logits(&arguments);
     set_labels(target, arguments.rows(), &arguments);
     arguments.ignore_index = ignore_index;
-    TORCH_CHECK_VALUE(reduction == "none" || reduction == "sum" || reduction == "mean", "reduction is '", reduction,
-                      "'");
-    TORCH_CHECK_VALUE(!normalizer || normalizer->numel() == 1, "normalizer must be one number");
+    set_gradient(d_logits, &arguments);
+    check_reduction(reduction, normalizer);
     arguments.bias = vector("bias", bias, arguments.classes);
     arguments.sample_weight = vector("sample_weight", sample_weight, arguments.rows());
-    if (d_logits.defined()) {
-      arguments.d_logits = d_logits.mutable_data_ptr();
-      arguments.gradient_image_stride = d_logits.stride(0);
-      arguments.gradient_class_stride = d_logits.stride(1);
-    }
   }
 };
 

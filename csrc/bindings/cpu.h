@@ -172,7 +172,7 @@ struct Cpu {
 
   static Tensor sigmoid_loss(const Tensor& logits, const Tensor& d_logits, const OptionalTensor& upstream,
                              SIGMOID_PARAMETERS) {
-    Labelled labelled(logits, d_logits, SIGMOID_NAMES);
+    SigmoidCall labelled(logits, d_logits, SIGMOID_NAMES);
     cpu::SigmoidLossArguments loss{labelled.arguments, 1};
     SigmoidArguments& call = loss.call;
     const bool reduced = reduction != "none";

@@ -96,7 +96,7 @@ struct Cuda {
   static Tensor sigmoid_loss(const Tensor& logits, const Tensor& d_logits, const OptionalTensor& upstream,
                              SIGMOID_PARAMETERS) {
     const c10::DeviceGuard guard(logits.device());
-    Labelled labelled(logits, d_logits, SIGMOID_NAMES);
+    SigmoidCall labelled(logits, d_logits, SIGMOID_NAMES);
     const bool reduced = reduction != "none";
     cuda::SigmoidLossArguments loss{
         labelled.arguments, nullptr, labelled.scalar("normalizer", normalizer), nullptr, 1, nullptr};
