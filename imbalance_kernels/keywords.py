@@ -47,6 +47,10 @@ def options_of(
     cosines: bool = False,
 ) -> SoftmaxOptions:
     """Return the options of a loss: the prior as a bias, the margin on cosines where it says so."""
+    if objective is not None and not isinstance(objective, Objective):
+        raise TypeError(
+            f"objective is {objective!r}, but it must be one of imbalance_kernels.objectives, such as Focal()"
+        )
     if isinstance(margin, bool) or (isinstance(margin, int | float) and not -math.inf < margin < math.inf):
         raise ValueError(f"margin is {margin!r}, but it must be a finite number, a tensor (C,) or an AngularMargin")
     return SoftmaxOptions(

@@ -25,6 +25,10 @@ class LossModule(torch.nn.Module):
     def __init__(self, *, ignore_index: int, reduction: str, class_dim: int, inplace: bool, impl: str | None) -> None:
         super().__init__()
         check_reduction(reduction)
+        if not isinstance(ignore_index, int):
+            raise TypeError(
+                f"ignore_index is {ignore_index!r}, but it must be an int (-100, no label, ignores nothing)"
+            )
         self.ignore_index = ignore_index
         self.reduction = reduction
         self.class_dim = class_dim

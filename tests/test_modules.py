@@ -861,6 +861,11 @@ def grad(*values: float) -> Tensor:
 
 
 ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    # types
+    "objective's name": (lambda: ik.SoftmaxLoss("focal"), TypeError, "objective is 'focal', but it must be one of"),
+    "objective's class": (lambda: F.softmax_loss(X, T, ik.objectives.Focal), TypeError, "objective is <class.*one of"),
+    "no ignore_index": (lambda: ik.FocalLoss(ignore_index=None), TypeError, "ignore_index is None.*must be an int"),
+    "no ignore_index of sigmoids": (lambda: ik.SigmoidFocalLoss(ignore_index=None), TypeError, "ignore_index is None"),
     # shapes
     "target shape": (lambda: F.cross_entropy(X, T[:3]), ValueError, r"target has shape \(3,\).*\(4,\)"),
     "no dimensions": (lambda: F.cross_entropy(X[0, 0], T), ValueError, "input has no dimensions"),
