@@ -225,7 +225,7 @@ def _gradient(
     rows = _rows_of(tensors, tl.program_id(0), steps, ignore_index, list_length, ROWS)
     block = _load(tensors, rows, column_block, steps, ignore_index, list_length, IS_IMAGE, BLOCK, "evict_first")
     p, n = _sigmoid(block.x)
-    d = rows.weight * (p * n) * _of_p(block, d_predicted, d_true_positives, column_block, BLOCK) + rows.poison
+    d = (rows.weight + rows.poison) * (p * n) * _of_p(block, d_predicted, d_true_positives, column_block, BLOCK)
     tl.store(d_logits + block.contiguous, d.to(d_logits.dtype.element_ty), mask=rows.exist & block.inside)
 
 
@@ -250,6 +250,7 @@ def _softmax(
     dtype: tl.constexpr = tl.float64 if tensors.logits.dtype.element_ty == tl.float64 else tl.float32
     steps = _steps(pixels, classes, image_stride, stride, IS_IMAGE, UNIT)
     rows = _rows_of(tensors, tl.program_id(0), steps, ignore_index, list_length, ROWS)
+    weight = rows.weight + rows.poison
     zero = tl.zeros((ROWS, 1), dtype)
     highest = zero - float("inf")
     total = zero
@@ -282,7 +283,7 @@ def _softmax(
             block = _load(tensors, rows, column_block, steps, ignore_index, list_length, IS_IMAGE, BLOCK, "evict_first")
             relative = _of_p(block, d_predicted, d_true_positives, column_block, BLOCK) - of_highest
             p = exp_quick(block.x - shift) * factor
-            d = rows.weight * p * (relative - dot * factor) + rows.poison
+            d = weight * p * (relative - dot * factor)
             tl.store(d_logits + block.contiguous, d.to(d_logits.dtype.element_ty), mask=rows.exist & block.inside)
 
 

@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kColumnThreads)
   const std::int64_t first = part * rows_of_part, last = min(first + rows_of_part, logits.images);
   ThreeSums<T, width> sums;
   for (std::int64_t row = first + group; row < last; row += groups) {
-    const Counted<T> counted = counted_row(logits.labels, row);
+    const Counted<T> counted = counted_row<dense>(logits.labels, row);
     if (counted.outside) {
 #pragma unroll
       for (int k = 0; k < width; ++k) sums.poison(k);
@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(kColumnThreads)
       const int pixel = pixels.template of<width>(0, k);
       if (pixel >= pixels.end) continue;
       const std::int64_t row = image * logits.pixels + pixel;
-      const Counted<T> counted = counted_row(logits.labels, row);
+      const Counted<T> counted = counted_row<dense>(logits.labels, row);
       if (counted.outside) sums.poison(0);
       if (counted.is_read) sums.add(0, probability(logits, row, x[k]), y[k], counted.weight);
     }
@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(kColumnThreads)
   const std::int64_t step = static_cast<std::int64_t>(gridDim.x / column_blocks) * groups;
   std::int64_t row = static_cast<std::int64_t>(blockIdx.x / column_blocks) * groups + group;
   for (; row < logits.images; row += step) {
-    const Counted<T> counted = counted_row(logits.labels, row);
+    const Counted<T> counted = counted_row<dense>(logits.labels, row);
     T x[width], y[width], d[width];
     load_pack(logits.logits + row * logits.image_stride, columns, 0).to_values(x);
     load_labels<dense>(logits.labels, row, counted.label, columns, 0, y);
@@ -295,7 +295,7 @@ __global__ void __launch_bounds__(kColumnThreads)
     for (int k = 0; k < width; ++k) {
       const int pixel = pixels.template of<width>(0, k);
       if (pixel >= pixels.end) continue;
-      const Counted<T> counted = counted_row(logits.labels, image * logits.pixels + pixel);
+      const Counted<T> counted = counted_row<dense>(logits.labels, image * logits.pixels + pixel);
       d[k] = logit_gradient(counted, x[k], y[k], logits.d_predicted[c], logits.d_true_positives[c]);
     }
     store_pack(logits.d_logits + (image * classes + c) * logits.pixels, pixels, 0, d);
@@ -388,7 +388,7 @@ __global__ void __launch_bounds__(kColumnThreads)
   for (std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * groups; first < logits.images; first += step) {
     const std::int64_t row = first + group;
     const Counted<T> counted =
-        row < logits.images ? counted_row(logits.labels, row) : Counted<T>{false, false, -1, T(0)};
+        row < logits.images ? counted_row<dense>(logits.labels, row) : Counted<T>{false, false, -1, T(0)};
     T x[width], g[width];
     SoftmaxSums<T> sums = SoftmaxSums<T>::nothing();
     for (int piece = 0; counted.is_read && piece < pieces; ++piece) {
@@ -466,7 +466,7 @@ __global__ void __launch_bounds__(kColumnThreads)
     const auto row_of = [&](int k) { return image * logits.pixels + pixels.template of<width>(0, k); };
     const auto counted = [&](int k) {
       const bool exists = pixels.template of<width>(0, k) < pixels.end;
-      return exists ? counted_row(logits.labels, row_of(k)) : Counted<T>{false, false, -1, T(0)};
+      return exists ? counted_row<dense>(logits.labels, row_of(k)) : Counted<T>{false, false, -1, T(0)};
     };
     int label[width];
     SoftmaxSums<T> sums[width];

@@ -61,18 +61,19 @@ template <class S>
 __device__ __forceinline__ bool lists_no_class(const LabelsOf<S>& labels, std::int64_t row) {
   bool outside = false;
 #pragma unroll 1
-  for (int j = 0; labels.lists && j < labels.list_length; ++j) {
+  for (int j = 0; j < labels.list_length; ++j) {
     const std::int64_t listed = labels.lists[row * labels.list_length + j];
     outside |= (listed < 0 || listed >= labels.classes) && listed != labels.ignore_index;
   }
   return outside;
 }
 
-template <class S>
+template <bool dense, class S>
 __device__ __forceinline__ Counted<Accumulate<S>> counted_row(const LabelsOf<S>& labels, std::int64_t row) {
   using T = Accumulate<S>;
   const T weight = labels.sample_weight ? labels.sample_weight[row] : T(1);
   if (weight == T(0)) return {false, false, -1, weight};
+  if (dense) return {true, false, -1, weight};
   if (labels.labels == nullptr) {
     const bool outside = lists_no_class(labels, row);
     return {!outside, outside, -1, weight};

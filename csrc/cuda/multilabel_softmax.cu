@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kMultilabelThreads)
   const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * groups;
   for (std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * groups; first < rows.count; first += step) {
     const std::int64_t row = first + group;
-    const Counted<T> counted = rows.counted(row);
+    const Counted<T> counted = rows.template counted<dense>(row);
     Pack<S> numbers[packs];
 #pragma unroll
     for (int i = 0; i < packs; ++i) {
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kMultilabelSweepThreads)
   const int length = threads * kMultilabelSweepPacks * Pack<S>::width;
   const int pieces = (rows.labels.classes + length - 1) / length;
   for (std::int64_t row = blockIdx.x; row < rows.count; row += gridDim.x) {
-    const Counted<T> counted = rows.counted(row);  // the same for all threads
+    const Counted<T> counted = rows.template counted<dense>(row);  // the same for all threads
     S* const d_row = rows.d_logits ? rows.d_logits + row * rows.gradient_image_stride : nullptr;
     const S* const x = rows.logits + row * rows.image_stride;
     if (!counted.is_read) {

@@ -35,9 +35,10 @@ struct MultilabelRows {
   std::int64_t gradient_image_stride;
   std::int64_t gradient_class_stride;
 
+  template <bool dense>
   __device__ __forceinline__ Counted<T> counted(std::int64_t row) const {
     const bool nothing = row >= count || (normalizer != nullptr && *normalizer == T(0));
-    return nothing ? Counted<T>{false, false, -1, T(0)} : counted_row(labels, row);
+    return nothing ? Counted<T>{false, false, -1, T(0)} : counted_row<dense>(labels, row);
   }
 };
 

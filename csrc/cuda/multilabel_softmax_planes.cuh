@@ -12,7 +12,7 @@
 namespace imbalance::cuda {
 
 constexpr int kPixelThreads = 256;
-constexpr int kPixelBlocks = 2;   // of a multiprocessor: 128 registers a thread
+constexpr int kPixelBlocks = 2;   // of a multiprocessor: 128 registers a thread; of float64 one
 constexpr int kPixelClasses = 8;  // that are on their way at a time
 
 // Pixels that a thread takes.
@@ -36,7 +36,7 @@ class MultilabelPixels {
     is_read_ = false;
 #pragma unroll
     for (int k = 0; k < width; ++k) {
-      counted[k] = rows.counted(first_row + k);
+      counted[k] = rows.template counted<dense>(first_row + k);
       is_read_ |= counted[k].is_read;
     }
   }
@@ -170,7 +170,7 @@ class MultilabelPixels {
 };
 
 template <class S, bool dense, bool aligned>
-__global__ void __launch_bounds__(kPixelThreads, kPixelBlocks)
+__global__ void __launch_bounds__(kPixelThreads, sizeof(S) < 8 ? kPixelBlocks : 1)
     multilabel_in_planes(const __grid_constant__ MultilabelRows<S> rows) {
   using T = Accumulate<S>;
   constexpr int width = multilabel_plane_width<S>(aligned);
