@@ -380,13 +380,7 @@ def time_images(shape: tuple[int, ...], arguments: argparse.Namespace, device: t
             in_place(problem, IN_PLACE, LABELS, ours(inplace=True), problem.labels),
             training(problem, PERMUTED, LABELS, eager, problem.labels),
         ]
-        if not arguments.no_compile:
-            compiled = torch.compile(eager, dynamic=False, fullgraph=True)
-            candidates.append(training(problem, COMPILED, LABELS, compiled, problem.labels))
-        right = checked(problem, candidates, truths, result, run)
-        if device.type == "cpu":
-            result.peaks = {_label(c): peak_bytes(c) for c in right}
-        result.measurements = measure(floors(problem) + right, arguments.samples, 0.0, math.inf)
+        time_beside(eager, problem, candidates, truths, result, arguments, run)
         results.append(result)
     return results
 
@@ -403,14 +397,27 @@ def time_dice(shape: tuple[int, ...], arguments: argparse.Namespace, device: tor
         training(problem, REFERENCE, LABELS, ours_dice(impl="reference"), problem.labels),
         training(problem, EAGER_DICE, LABELS, eager_dice, problem.labels),
     ]
+    time_beside(eager_dice, problem, candidates, truths, result, arguments, run)
+    return result
+
+
+def time_beside(
+    eager: Loss,
+    problem: Problem,
+    candidates: list[Candidate],
+    truths: dict[str, Tensor],
+    result: Result,
+    arguments: argparse.Namespace,
+    run: Run,
+) -> None:
+    """Check candidates, and eager compiled beside them, then put their times and peaks into result."""
     if not arguments.no_compile:
-        compiled = torch.compile(eager_dice, dynamic=False, fullgraph=True)
-        candidates.append(training(problem, COMPILED, LABELS, compiled, problem.labels))
+        compiled = torch.compile(eager, dynamic=False, fullgraph=True)
+        candidates = [*candidates, training(problem, COMPILED, LABELS, compiled, problem.labels)]
     right = checked(problem, candidates, truths, result, run)
-    if device.type == "cpu":
+    if problem.logits.device.type == "cpu":
         result.peaks = {_label(c): peak_bytes(c) for c in right}
     result.measurements = measure(floors(problem) + right, arguments.samples, 0.0, math.inf)
-    return result
 
 
 def table(result: Result) -> str:

@@ -498,7 +498,6 @@ def test_compiled(what, dtype, reduction, impl):
         torch.testing.assert_close(compiled, eager, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.skipif("cpu" not in IMPLEMENTATIONS, reason="compiles with the C++ kernels")
 def test_compiled_by_inductor():
     """The default backend, with statistics made of the results, and other numbers of rows in the same graph."""
 

@@ -437,8 +437,6 @@ def test_a_pixels_bits_are_its_own(impl, num_classes, kind, dtype):
 
 def test_threads_do_not_change_bits():
     """Of the CPU kernels, whose threads share an image."""
-    if "cpu" not in KERNELS:
-        pytest.skip("for the CPU kernels")
     logits, before = make_logits((2 * 100 * 101, 19), torch.float32), torch.get_num_threads()
     for kind in ("lists", "soft"):
         target, results = make_target(kind, *logits.shape, torch.float32), []

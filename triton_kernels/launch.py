@@ -34,9 +34,11 @@ __all__ = [
     "long_plane_tile",
     "long_programs",
     "long_tile",
+    "num_plane_tiles",
     "num_rows_of",
     "number",
     "on",
+    "partial_sums",
     "plane_tile",
     "row_tile",
     "vector_of",
@@ -120,6 +122,14 @@ class LongTile(NamedTuple):
         return options if self.num_ctas == 1 else {**options, "num_ctas": self.num_ctas}
 
 
+def partial_sums(logits: Tensor) -> int:
+    """Return how many sums of losses the kernels leave."""
+    if logits.dim() == 3:
+        return num_plane_tiles(logits)
+    tile, num_rows = row_tile(logits), logits.shape[0]
+    return num_rows if tile is None else triton.cdiv(num_rows, tile.rows)
+
+
 def row_tile(logits: Tensor) -> RowTile | None:
     """Return the tile for rows of logits (N, C) that fit one program, or None."""
     number_bytes = accumulate_dtype(logits.dtype).itemsize
@@ -157,6 +167,12 @@ def plane_tile(logits: Tensor) -> RowTile | None:
 def long_plane_tile(logits: Tensor) -> RowTile:
     """Return the tile for more classes than that: its block is a part of them."""
     return _plane_tile(logits, LONG_PLANE_GROUPS, PLANE_BYTES // 2)
+
+
+def num_plane_tiles(logits: Tensor) -> int:
+    """Return how many tiles cover channels-first logits (B, C, P)."""
+    tile = plane_tile(logits) or long_plane_tile(logits)
+    return logits.shape[0] * triton.cdiv(logits.shape[2], tile.rows)
 
 
 def _plane_groups(logits: Tensor) -> int:

@@ -31,15 +31,17 @@ from imbalance_kernels.triton_kernels.launch import (
     long_plane_tile,
     long_programs,
     long_tile,
+    num_plane_tiles,
     num_rows_of,
     on,
+    partial_sums,
     plane_tile,
     row_tile,
     vector_of,
     widths_of,
 )
 from imbalance_kernels.triton_kernels.math import exp_quick, log1p_unit
-from imbalance_kernels.triton_kernels.planes import num_plane_tiles, pixels_of
+from imbalance_kernels.triton_kernels.planes import pixels_of
 from imbalance_kernels.triton_kernels.rows import Reduction, widened
 from imbalance_kernels.triton_kernels.softmax_loss import _sum
 
@@ -167,6 +169,21 @@ def _counted(index, num_rows, classes, ignore_index, list_length, rows, reductio
 
 
 @triton.jit
+def _with_more(sides, highest, highest_positive, total, total_positive):
+    """Return the highest exponents (ROWS,) and the sums relative to them, with a block of sides (ROWS, BLOCK) more."""
+    before = _shift_of(highest)
+    before_positive = _shift_of(highest_positive)
+    highest = tl.maximum(highest, tl.max(sides.u, 1))
+    highest_positive = tl.maximum(highest_positive, tl.max(sides.v, 1))
+    shift = _shift_of(highest)
+    shift_of_positives = _shift_of(highest_positive)
+    negative, positive = _exponentials(sides, shift[:, None], shift_of_positives[:, None])
+    total = total * exp_quick(before - shift) + tl.sum(negative, 1)
+    total_positive = total_positive * exp_quick(before_positive - shift_of_positives) + tl.sum(positive, 1)
+    return highest, highest_positive, total, total_positive
+
+
+@triton.jit
 def _sums_of(sides):
     """Return what each logit of rows (ROWS, BLOCK) adds to the two Sums, and these."""
     shift = _shift_of(tl.max(sides.u, 1))
@@ -261,15 +278,9 @@ def _long_rows(
                 rows, index * stride + columns, index * classes + columns, index, columns, counted.label,
                 counted.is_read, inside, ignore_index, list_length, "evict_last",
             )  # fmt: skip
-            before = _shift_of(highest)
-            before_positive = _shift_of(highest_positive)
-            highest = tl.maximum(highest, tl.max(sides.u, 1))
-            highest_positive = tl.maximum(highest_positive, tl.max(sides.v, 1))
-            shift = _shift_of(highest)
-            shift_of_positives = _shift_of(highest_positive)
-            negative, positive = _exponentials(sides, shift[:, None], shift_of_positives[:, None])
-            total = total * exp_quick(before - shift) + tl.sum(negative, 1)
-            total_positive = total_positive * exp_quick(before_positive - shift_of_positives) + tl.sum(positive, 1)
+            highest, highest_positive, total, total_positive = _with_more(
+                sides, highest, highest_positive, total, total_positive
+            )
         shift = _shift_of(tl.max(highest, 0))
         shift_of_positives = _shift_of(tl.max(highest_positive, 0))
         total = tl.sum(total * exp_quick(_shift_of(highest) - shift), 0)
@@ -396,15 +407,9 @@ def _long_planes(
                 rows, first, part, index, counted, classes, pixels, stride, class_stride, ignore_index, list_length,
                 BLOCK, "evict_last",
             )  # fmt: skip
-            before = _shift_of(highest)
-            before_positive = _shift_of(highest_positive)
-            highest = tl.maximum(highest, tl.max(sides.u, 1))
-            highest_positive = tl.maximum(highest_positive, tl.max(sides.v, 1))
-            shift = _shift_of(highest)
-            shift_of_positives = _shift_of(highest_positive)
-            negative, positive = _exponentials(sides, shift[:, None], shift_of_positives[:, None])
-            total = total * exp_quick(before - shift) + tl.sum(negative, 1)
-            total_positive = total_positive * exp_quick(before_positive - shift_of_positives) + tl.sum(positive, 1)
+            highest, highest_positive, total, total_positive = _with_more(
+                sides, highest, highest_positive, total, total_positive
+            )
         shift = _shift_of(highest)
         shift_of_positives = _shift_of(highest_positive)
         sums = Sums(total, total_positive, shift, shift_of_positives)
@@ -458,20 +463,12 @@ def _launch(
         reduction = _reduction(logits, call, upstream)
         losses = None
         if upstream is None:
-            count = _partial_sums(logits) if summed else num_rows
+            count = partial_sums(logits) if summed else num_rows
             losses = logits.new_empty((count,), dtype=accumulate_dtype(logits.dtype))
         if num_rows > 0:
             launch = _launch_rows if logits.dim() == 2 else _launch_planes
             launch(rows, d_logits, losses, reduction, call.ignore_index, summed)
         return losses if losses is None or not summed else _sum(losses, reduction)
-
-
-def _partial_sums(logits: Tensor) -> int:
-    """Return how many sums of losses the kernels leave."""
-    if logits.dim() == 3:
-        return num_plane_tiles(logits)
-    tile, num_rows = row_tile(logits), logits.shape[0]
-    return num_rows if tile is None else triton.cdiv(num_rows, tile.rows)
 
 
 def _launch_rows(

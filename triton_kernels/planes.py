@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from imbalance_kernels.triton_kernels.launch import long_plane_programs, long_plane_tile, plane_tile
+from imbalance_kernels.triton_kernels.launch import long_plane_programs, long_plane_tile, num_plane_tiles, plane_tile
 from imbalance_kernels.triton_kernels.math import exp_quick
 from imbalance_kernels.triton_kernels.rows import (
     Reduction,
@@ -37,7 +37,7 @@ from imbalance_kernels.triton_kernels.rows import (
     widened,
 )
 
-__all__ = ["Pixels", "launch_planes", "num_plane_tiles", "pixels_of"]
+__all__ = ["Pixels", "launch_planes", "pixels_of"]
 
 # Integers that no kernel is compiled anew for.
 SIZES = ["images", "classes", "pixels", "stride", "class_stride", "ignore_index", "d_stride", "d_class_stride"]
@@ -187,12 +187,6 @@ def _long_planes(
                 d_target = gradient.target[:, None]
                 d = spread(exponentials, block, rows, gradient.rest[:, None], gradient.weights[:, None], d_target)
                 _store(d_logits, d, block, part, d_stride.to(tl.int64), d_class_stride.to(tl.int64))
-
-
-def num_plane_tiles(logits: Tensor) -> int:
-    """Return how many tiles cover channels-first logits (B, C, P)."""
-    tile = plane_tile(logits) or long_plane_tile(logits)
-    return logits.shape[0] * triton.cdiv(logits.shape[2], tile.rows)
 
 
 def launch_planes(

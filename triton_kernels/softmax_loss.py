@@ -37,13 +37,14 @@ from imbalance_kernels.triton_kernels.launch import (
     num_rows_of,
     number,
     on,
+    partial_sums,
     row_tile,
     vector_of,
     widths_of,
 )
 from imbalance_kernels.triton_kernels.math import exp_quick
 from imbalance_kernels.triton_kernels.objectives import OBJECTIVES
-from imbalance_kernels.triton_kernels.planes import launch_planes, num_plane_tiles
+from imbalance_kernels.triton_kernels.planes import launch_planes
 from imbalance_kernels.triton_kernels.rows import (
     SIZES,
     Reduction,
@@ -334,21 +335,13 @@ def _launch(
         reduction = _reduction(logits, constants, split, loss, upstream)._replace(log_probs=log_probs)
         losses = None
         if upstream is None:
-            count = _partial_sums(logits) if summed else num_rows
+            count = partial_sums(logits) if summed else num_rows
             losses = logits.new_empty((count,), dtype=accumulate_dtype(logits.dtype))
         if num_rows > 0:
             rows = Rows(logits, constants.labels, constants.maps, _options(logits, constants, loss))
             objective, launch = OBJECTIVES[loss.objective], _launch_rows if logits.dim() == 2 else launch_planes
             launch(rows, d_logits, losses, reduction, split.ignore_index, objective, summed)
         return losses if losses is None or not summed else _sum(losses, reduction)
-
-
-def _partial_sums(logits: Tensor) -> int:
-    """Return how many sums of losses the kernels leave."""
-    if logits.dim() == 3:
-        return num_plane_tiles(logits)
-    tile, num_rows = row_tile(logits), logits.shape[0]
-    return num_rows if tile is None else triton.cdiv(num_rows, tile.rows)
 
 
 def _launch_rows(
